@@ -1,0 +1,1 @@
+"""The program in the middle: rounds, aggregation, hypernetwork, page and API."""

@@ -1,0 +1,1 @@
+"""What the coordinator remembers: rows about rounds, blobs by their SHA-256."""

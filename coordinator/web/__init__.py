@@ -1,0 +1,1 @@
+"""Page, API and event stream of the coordinator."""

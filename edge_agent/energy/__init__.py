@@ -1,0 +1,1 @@
+"""Joules and seconds of this device, without torch."""

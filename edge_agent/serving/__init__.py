@@ -1,0 +1,1 @@
+"""Answering with the personal model; no torch, no training code."""

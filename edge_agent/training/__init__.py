@@ -1,0 +1,1 @@
+"""Learning on the device; the only room of the agent that knows torch."""

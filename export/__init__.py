@@ -1,0 +1,1 @@
+"""From parameters to a proven ONNX artifact; numpy and onnx, no torch."""

@@ -1,0 +1,1 @@
+"""One TOML per device type; see README.md here for the schema."""

@@ -1,0 +1,1 @@
+"""What coordinator and agents agree on: values, words and the wire."""

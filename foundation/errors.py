@@ -1,0 +1,90 @@
+"""The tree of errors; each says what happened, where, and what to do next.
+
+HedgerowError
+├── SettingsError            a setting is wrong, misspelt or missing
+├── DataError                the device's own data cannot be used as it is
+├── WireError                what arrived cannot be what was meant
+│   ├── FrameTooLarge        over the bound that was agreed
+│   ├── FrameCorrupt         truncated, wrong digest, wrong header, not finite
+│   └── FrameMismatch        well-formed, but not the shapes, run, round or sender asked for
+├── TransportError           the broker or the link
+│   ├── NotConnected         no broker within the deadline
+│   └── DeliveryFailed       the other side did not take the frame in time, or refused it
+├── RoundError
+│   └── QuorumMissed         too few updates when the round's deadline passed
+├── WorkRefused              this agent cannot or will not do what it was asked
+├── SensorError              an energy source failed
+├── ExportError
+│   └── ProofFailed          the artifact does not give the answers the trained model gave
+└── StoreError               the coordinator's memory
+"""
+
+from __future__ import annotations
+
+
+class HedgerowError(Exception):
+    """Root of all errors Hedgerow raises on purpose."""
+
+
+class SettingsError(HedgerowError):
+    """A setting is wrong, misspelt or missing."""
+
+
+class DataError(HedgerowError):
+    """The device's own data cannot be used as it is."""
+
+
+class WireError(HedgerowError):
+    """What arrived cannot be what was meant."""
+
+
+class FrameTooLarge(WireError):  # noqa: N818 - named for what happened, as in the house's tree
+    """A frame, header or part is over its bound."""
+
+
+class FrameCorrupt(WireError):  # noqa: N818
+    """A frame is truncated, has a wrong digest or header, or values that are not finite."""
+
+
+class FrameMismatch(WireError):  # noqa: N818
+    """A well-formed frame that is not for this run, round, sender or model."""
+
+
+class TransportError(HedgerowError):
+    """The broker or the link failed."""
+
+
+class NotConnected(TransportError):  # noqa: N818
+    """There is no connection to the broker within the deadline."""
+
+
+class DeliveryFailed(TransportError):  # noqa: N818
+    """The other side did not take a frame in time, or refused it."""
+
+
+class RoundError(HedgerowError):
+    """A round cannot go on."""
+
+
+class QuorumMissed(RoundError):  # noqa: N818
+    """Too few updates were in when the round's deadline passed."""
+
+
+class WorkRefused(HedgerowError):  # noqa: N818
+    """This agent cannot or will not do what it was asked; the message is the reason."""
+
+
+class SensorError(HedgerowError):
+    """An energy source failed."""
+
+
+class ExportError(HedgerowError):
+    """An artifact could not be written."""
+
+
+class ProofFailed(ExportError):  # noqa: N818
+    """An artifact does not give the answers that the trained model gave."""
+
+
+class StoreError(HedgerowError):
+    """The coordinator's memory failed."""

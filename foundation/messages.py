@@ -1,0 +1,130 @@
+"""What agents and coordinator say to each other.
+
+Small messages (card, refusal, presence, telemetry, command) are JSON. Assignments and updates are frames: the
+fields below as a JSON header, and arrays beside it (see foundation/codec.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from foundation.artifact import Manifest
+from foundation.energy import EnergyReading, Stage
+from foundation.frozen import Frozen
+from foundation.parameters import Masks, Parameters
+from foundation.spec import ModelSpec
+from foundation.work import LocalWork
+
+PROTOCOL = 1
+
+
+class AgentCard(Frozen):
+    """Who an agent is and what it can do; retained on the broker."""
+
+    protocol: int = PROTOCOL
+    agent: str
+    version: str
+    profile: str
+    examples: int = Field(ge=0)
+    """Training examples on the device."""
+    input: Literal["image", "series", "text"] | None = None
+    shape: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    terms: frozenset[str] = frozenset()
+    energy_kind: str = "none"
+    energy_source: str = "none"
+    serving: str | None = None
+    """Address at which this device answers requests, if it serves."""
+    problem: str | None = None
+    """Why this agent cannot work at present, in words for its owner."""
+
+
+class Presence(Frozen):
+    """Online, or offline (the last will)."""
+
+    state: Literal["online", "offline"]
+    session: str = ""
+    """Changes with every start of the process."""
+
+
+class Assignment(Frozen):
+    """What goes down: parameters and the description of the work. A frame."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    run: str
+    round: int = Field(ge=1)
+    agent: str
+    strategy: str
+    spec: ModelSpec
+    model_seed: int
+    """Seed of `initial_parameters`: what a device without personal parameters starts from."""
+    seed: int
+    work: LocalWork
+    deadline_s: float = Field(gt=0)
+    export: bool = False
+    last: bool = False
+    """Whether this is the last round of the run."""
+    parameters: Parameters = Field(default_factory=Parameters, exclude=True)
+    masks: Masks = Field(default_factory=dict, exclude=True)
+
+
+class Update(Frozen):
+    """What comes back. A frame."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    run: str
+    round: int = Field(ge=1)
+    agent: str
+    examples: int = Field(ge=0)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """loss_sent, accuracy_sent, loss, accuracy (test part, before and after the work), steps, step_seconds."""
+    kept_units: tuple[int, ...] = ()
+    ledger: dict[Stage, EnergyReading] = Field(default_factory=dict)
+    received_bytes: int = 0
+    artifact: Manifest | None = None
+    parameters: Parameters = Field(default_factory=Parameters, exclude=True)
+    masks: Masks = Field(default_factory=dict, exclude=True)
+
+
+class Refusal(Frozen):
+    """A reasoned no."""
+
+    run: str
+    round: int
+    agent: str
+    reason: str = Field(max_length=2000)
+
+
+class Telemetry(Frozen):
+    """Live progress of one agent, QoS 0, about twice a second while working."""
+
+    agent: str
+    stage: Stage
+    run: str | None = None
+    round: int | None = None
+    progress: float | None = Field(None, ge=0, le=1)
+    eta_s: float | None = None
+    accuracy: float | None = None
+    kept_units: tuple[int, ...] = ()
+    hidden_units: int = 0
+    joules: float | None = None
+    energy_kind: str = "none"
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    rss_bytes: int | None = None
+
+
+class Command(Frozen):
+    """A word from the coordinator to an agent."""
+
+    verb: Literal["cancel"]
+    run: str
+    round: int
+    reason: str = ""
+
+
+Json = dict[str, Any]

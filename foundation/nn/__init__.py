@@ -1,0 +1,1 @@
+"""The only torch in the foundation: the transformer and its bridge to Parameters."""

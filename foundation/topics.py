@@ -1,0 +1,64 @@
+"""Every MQTT topic, in one place.
+
+hedgerow/v1/{federation}/coordinator/presence          coordinator, last will    retained
+hedgerow/v1/{federation}/agents/{agent}/presence       agent, last will          retained
+hedgerow/v1/{federation}/agents/{agent}/card           agent                     retained
+hedgerow/v1/{federation}/agents/{agent}/assignment     coordinator: parts of a frame
+hedgerow/v1/{federation}/agents/{agent}/received       agent: receipts for assignment parts
+hedgerow/v1/{federation}/agents/{agent}/update         agent: parts of a frame
+hedgerow/v1/{federation}/agents/{agent}/receipt        coordinator: receipts for update parts
+hedgerow/v1/{federation}/agents/{agent}/refusal        agent
+hedgerow/v1/{federation}/agents/{agent}/telemetry      agent, QoS 0
+hedgerow/v1/{federation}/agents/{agent}/command        coordinator: cancel, stop, ...
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from foundation.errors import SettingsError
+
+ROOT = "hedgerow/v1"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return `name` if it can stand in a topic; raises `SettingsError` with the rule otherwise."""
+    if not NAME.fullmatch(name):
+        raise SettingsError(
+            f"{what} {name!r} cannot be used in a topic: use up to 64 letters, digits, '.', '_' or '-',"
+            " starting with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The topics of one federation."""
+
+    federation: str
+
+    def __post_init__(self) -> None:
+        checked_name(self.federation, "federation")
+
+    @property
+    def coordinator_presence(self) -> str:
+        """Retained; `online` or `offline`."""
+        return f"{ROOT}/{self.federation}/coordinator/presence"
+
+    def of(self, agent: str, what: str) -> str:
+        """Return the topic of one agent; `what` is the last word of the table above."""
+        return f"{ROOT}/{self.federation}/agents/{agent}/{what}"
+
+    def every(self, what: str) -> str:
+        """Return the pattern of that topic over all agents."""
+        return f"{ROOT}/{self.federation}/agents/+/{what}"
+
+    def agent_of(self, topic: str) -> str:
+        """Return the agent in a topic of this federation; raises `ValueError` for any other topic."""
+        head = f"{ROOT}/{self.federation}/agents/"
+        rest = topic.removeprefix(head).split("/")
+        if not topic.startswith(head) or len(rest) != 2:
+            raise ValueError(f"{topic!r} is not an agent's topic of federation {self.federation!r}")
+        return rest[0]

@@ -1,0 +1,147 @@
+"""The Transport protocol, and the broker inside one process that all logic is tested on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from foundation.errors import NotConnected
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A message with its topic."""
+
+    topic: str
+    body: bytes
+    retained: bool = False
+
+
+class Transport(Protocol):
+    """What agents and coordinator ask of a network: four methods.
+
+    `subscribe` is awaited before anything is published, so no letter can fall between the two.
+    """
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    async def publish(self, topic: str, body: bytes, *, retain: bool = False, qos: int = 1) -> None:
+        """Publish; returns when the broker has acknowledged (QoS 1) or the bytes are handed over (QoS 0).
+
+        Raises `NotConnected` when there is no connection within the transport's patience.
+        """
+        ...
+
+    async def subscribe(self, *patterns: str) -> AsyncIterator[Letter]:
+        """Subscribe; returns when the broker has confirmed, with the letters that match from then on."""
+        ...
+
+
+class MemoryBroker:
+    """A broker inside one process: topics with `+` and `#`, retained letters, last wills."""
+
+    def __init__(self) -> None:
+        self.retained: dict[str, bytes] = {}
+        self.published = 0
+        self.bytes = 0
+        self._queues: list[
+            tuple[tuple[str, ...], asyncio.Queue[Letter | None], MemoryTransport]
+        ] = []
+
+    def deliver(self, topic: str, body: bytes, *, retain: bool) -> None:
+        """Hand one message to every subscriber whose pattern matches."""
+        self.published += 1
+        self.bytes += len(body)
+        if retain and body:
+            self.retained[topic] = body
+        elif retain:
+            self.retained.pop(topic, None)
+        for patterns, queue, _ in self._queues:
+            if any(matches(pattern, topic) for pattern in patterns):
+                queue.put_nowait(Letter(topic, body))
+
+    def attach(
+        self, patterns: tuple[str, ...], owner: MemoryTransport
+    ) -> asyncio.Queue[Letter | None]:
+        """Open a queue for patterns, with the retained letters first."""
+        queue: asyncio.Queue[Letter | None] = asyncio.Queue()
+        for topic, body in self.retained.items():
+            if any(matches(pattern, topic) for pattern in patterns):
+                queue.put_nowait(Letter(topic, body, retained=True))
+        self._queues.append((patterns, queue, owner))
+        return queue
+
+    def detach(self, owner: MemoryTransport) -> None:
+        """Close all queues of one transport."""
+        for _, queue, queue_owner in self._queues:
+            if queue_owner is owner:
+                queue.put_nowait(None)
+        self._queues = [entry for entry in self._queues if entry[2] is not owner]
+
+
+class MemoryTransport:
+    """A `Transport` over a `MemoryBroker`; `drop()` breaks it as a dead socket would."""
+
+    def __init__(self, broker: MemoryBroker, *, will: tuple[str, bytes] | None = None) -> None:
+        self._broker = broker
+        self._will = will
+        self._open = False
+
+    async def __aenter__(self) -> Self:
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open = False
+        self._broker.detach(self)
+
+    def drop(self) -> None:
+        """Break the connection without goodbye: the last will is delivered, the queues end."""
+        self._open = False
+        self._broker.detach(self)
+        if self._will:
+            self._broker.deliver(*self._will, retain=True)
+
+    async def publish(self, topic: str, body: bytes, *, retain: bool = False, qos: int = 1) -> None:
+        """Deliver at once; raises `NotConnected` when the transport is not open."""
+        if not self._open:
+            raise NotConnected("the memory transport is not open")
+        self._broker.deliver(topic, bytes(body), retain=retain)
+        await asyncio.sleep(0)
+
+    async def subscribe(self, *patterns: str) -> AsyncIterator[Letter]:
+        """Attach to the broker; the iterator ends when the transport closes."""
+        if not self._open:
+            raise NotConnected("the memory transport is not open")
+        return _drain(self._broker.attach(patterns, self))
+
+
+async def _drain(queue: asyncio.Queue[Letter | None]) -> AsyncIterator[Letter]:
+    while (letter := await queue.get()) is not None:
+        yield letter
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """Whether an MQTT topic filter (`+` one level, `#` the rest) matches a topic."""
+    wanted, given = pattern.split("/"), topic.split("/")
+    for i, level in enumerate(wanted):
+        if level == "#":
+            return True
+        if i >= len(given) or level not in ("+", given[i]):
+            return False
+    return len(wanted) == len(given)
