@@ -59,7 +59,11 @@ class NotConnected(TransportError):  # noqa: N818
 
 
 class DeliveryFailed(TransportError):  # noqa: N818
-    """The other side did not take a frame in time, or refused it."""
+    """The other side did not take a frame in time, or (`refused`) said why it will not."""
+
+    def __init__(self, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class RoundError(HedgerowError):

@@ -81,11 +81,13 @@ class Update(Frozen):
     agent: str
     examples: int = Field(ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
-    """loss_sent, accuracy_sent, loss, accuracy (test part, before and after the work), steps, step_seconds."""
+    """{loss,accuracy}_sent, loss, accuracy (test part, before and after), steps, step_seconds."""
     kept_units: tuple[int, ...] = ()
     ledger: dict[Stage, EnergyReading] = Field(default_factory=dict)
     received_bytes: int = 0
     artifact: Manifest | None = None
+    problem: str | None = Field(None, max_length=2000)
+    """What went wrong beside the training, such as an export that could not be proven."""
     parameters: Parameters = Field(default_factory=Parameters, exclude=True)
     masks: Masks = Field(default_factory=dict, exclude=True)
 

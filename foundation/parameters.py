@@ -136,9 +136,7 @@ def from_flat(vector: Array, layout: Layout) -> Parameters:
     """
     wanted = layout_size(layout)
     if vector.shape != (wanted,):
-        raise ValueError(
-            f"a vector of shape {vector.shape} does not fit a layout of {wanted} values"
-        )
+        raise ValueError(f"a vector of shape {vector.shape} does not fit a layout of {wanted} values")
     arrays, start = {}, 0
     for name, shape in layout:
         stop = start + int(np.prod(shape))

@@ -35,9 +35,7 @@ class ModelSpec(Frozen):
     def _fits(self) -> ModelSpec:
         dimensions = {"image": 3, "series": 2, "text": 1}[self.input]
         if len(self.shape) != dimensions or min(self.shape) < 1:
-            raise ValueError(
-                f"{self.input} needs a shape of {dimensions} positive numbers, not {self.shape}"
-            )
+            raise ValueError(f"{self.input} needs a shape of {dimensions} positive numbers, not {self.shape}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         sides = {"image": self.shape[1:], "series": self.shape[:1], "text": ()}[self.input]
@@ -113,9 +111,7 @@ class ModelSpec(Frozen):
 def _std(name: str, spec: ModelSpec) -> float:
     """Initial standard deviation of a weight: fan-in scaling, as in Glorot-style transformers."""
     if name in ("embed.weight",):
-        return (
-            1 / math.sqrt(spec.patch_size) if spec.input != "text" else 0.02 * math.sqrt(spec.width)
-        )
+        return 1 / math.sqrt(spec.patch_size) if spec.input != "text" else 0.02 * math.sqrt(spec.width)
     if name in ("position", "cls"):
         return 0.02
     if name.endswith("ffl.down.weight"):

@@ -54,9 +54,7 @@ class MemoryBroker:
         self.retained: dict[str, bytes] = {}
         self.published = 0
         self.bytes = 0
-        self._queues: list[
-            tuple[tuple[str, ...], asyncio.Queue[Letter | None], MemoryTransport]
-        ] = []
+        self._queues: list[tuple[tuple[str, ...], asyncio.Queue[Letter | None], MemoryTransport]] = []
 
     def deliver(self, topic: str, body: bytes, *, retain: bool) -> None:
         """Hand one message to every subscriber whose pattern matches."""
@@ -70,9 +68,7 @@ class MemoryBroker:
             if any(matches(pattern, topic) for pattern in patterns):
                 queue.put_nowait(Letter(topic, body))
 
-    def attach(
-        self, patterns: tuple[str, ...], owner: MemoryTransport
-    ) -> asyncio.Queue[Letter | None]:
+    def attach(self, patterns: tuple[str, ...], owner: MemoryTransport) -> asyncio.Queue[Letter | None]:
         """Open a queue for patterns, with the retained letters first."""
         queue: asyncio.Queue[Letter | None] = asyncio.Queue()
         for topic, body in self.retained.items():

@@ -74,11 +74,12 @@ class LocalWork(Frozen):
     terms: tuple[Term, ...] = ()
     send: frozenset[Role] = EVERYTHING
     """Roles that come back; an empty set sends metrics and ledger only."""
-    form: Literal["values", "change"] = "values"
-    """`change` is sent - trained, the direction of a gradient: everything descends."""
+    change: frozenset[Role] = frozenset()
+    """Roles that come back as sent - trained, the direction of a gradient (everything descends); the
+    others come back as values."""
     encoding: Encoding = "float32"
     topk: float = Field(1.0, gt=0, le=1)
-    """Share of the attention change that is sent (largest magnitudes); only with form `change`."""
+    """Share of each array in `change` that is sent: the largest magnitudes, the others as zeros."""
     keep: frozenset[Role] = frozenset()
     """Roles of the trained model that become personal: they stay on the device for the next round."""
     batch_size: int = Field(32, ge=1, le=65536)

@@ -1,0 +1,131 @@
+"""`python -m coordinator --config coordinator.toml`: the program in the middle."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from coordinator.app import create_app
+from coordinator.engine import Engine
+from coordinator.live import Live
+from coordinator.settings import CoordinatorSettings, HttpSettings
+from coordinator.store.sql import Store
+from foundation import logs, settings
+from foundation.errors import HedgerowError, SettingsError
+from foundation.lock import hold
+from foundation.messages import Presence
+from foundation.mqtt import MqttTransport
+from foundation.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the coordinator."""
+    result = argparse.ArgumentParser(
+        prog="hedgerow coordinator",
+        description="Run a federation: hand out work, gather updates, serve the page.",
+        epilog="Settings come from coordinator.toml, then COORDINATOR__... in the environment, then --set.",
+    )
+    result.add_argument("--config", type=Path, help="coordinator.toml")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance run.rounds=20"
+    )
+    result.add_argument("--print-settings", action="store_true", help="show every setting and its origin")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the coordinator until it is told to stop; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        loaded, origins = settings.load(CoordinatorSettings, arguments.config, os.environ, arguments.set)
+        if arguments.print_settings:
+            sys.stdout.write(settings.show(loaded, origins) + "\n")
+            return 0
+        logs.setup(loaded.log_level)
+        with hold(loaded.folder, "coordinator"):
+            return asyncio.run(_run(loaded))
+    except SettingsError as error:
+        sys.stderr.write(f"hedgerow coordinator: {error}\n")
+        return 2
+    except HedgerowError as error:
+        sys.stderr.write(f"hedgerow coordinator: {error}\n")
+        return 1
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: this program has its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _run(s: CoordinatorSettings) -> int:
+    will = (
+        Topics(s.federation).coordinator_presence,
+        Presence(state="offline").model_dump_json().encode(),
+    )
+    transport = MqttTransport(s.mqtt, f"{s.federation}-coordinator", will=will)
+    with Store.open(s.folder) as store:
+        live = Live(store)
+        engine = Engine(s, transport=transport, store=store, live=live)
+        async with live:
+            return await _until_stopped(s, engine, store, live)
+
+
+async def _until_stopped(s: CoordinatorSettings, engine: Engine, store: Store, live: Live) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    motor = asyncio.create_task(engine.serve())
+    waiting = {motor, asyncio.create_task(stop.wait())}
+    if s.exit_when_done:
+        waiting.add(asyncio.create_task(engine.finished.wait()))
+    server = _server(s.http, create_app(store, live, engine)) if s.http.enabled else None
+    page = asyncio.create_task(server.serve(sockets=[bound(s.http)])) if server else None
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if server is not None and page is not None:
+            server.should_exit = server.force_exit = True
+            await asyncio.wait([page], timeout=5)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+    if not motor.cancelled():
+        motor.result()  # raises what ended it
+    return 1 if engine.outcome == "failed" and s.exit_when_done else 0
+
+
+def bound(http: HttpSettings) -> socket.socket:
+    """Return a listening socket; raises `SettingsError` when the port is taken."""
+    try:
+        listening = socket.create_server((http.host, http.port))
+    except OSError as error:
+        raise SettingsError(
+            f"{http.host}:{http.port} cannot be opened ({error.strerror}): set http.port to another, or 0"
+        ) from error
+    host, port = listening.getsockname()[:2]
+    logger.info("page", extra={"address": f"http://{host}:{port}/"})
+    return listening
+
+
+def _server(http: HttpSettings, app: object) -> _Server:
+    config = uvicorn.Config(app, log_level="warning", access_log=False)  # type: ignore[arg-type]
+    return _Server(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

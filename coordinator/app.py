@@ -1,0 +1,94 @@
+"""The coordinator's web application: page, API and event stream over store, live picture and engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coordinator.live import Live
+from coordinator.store.sql import Store
+from coordinator.web import api, pages, stream
+from coordinator.web.models import Control
+
+# Everything comes from here. Plotly writes styles into the elements that it makes, hence the one exception.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+OWN = frozenset({"same-origin", "none"})
+
+
+def create_app(
+    store: Store,
+    live: Live,
+    control: Control,
+    *,
+    hosts: Sequence[str] = (),
+    clock: Callable[[], float] = time.time,
+    status_every_s: float = stream.STATUS_EVERY_S,
+) -> FastAPI:
+    """Return the application. It opens and closes nothing: store, live and engine belong to the caller.
+
+    Nobody is asked who they are, so bind it to loopback. `hosts`, when given, are the only names that
+    requests may call this machine by, which keeps a foreign page from reaching it through a name of its own.
+    """
+    app = FastAPI(
+        title="Hedgerow coordinator",
+        version=importlib.metadata.version("hedgerow") if _is_installed() else "0",
+        openapi_url=f"{api.PREFIX}/openapi.json",
+        docs_url=None,  # both would load their scripts from elsewhere
+        redoc_url=None,
+    )
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(Guard)
+    api.install_problems(app)
+    app.include_router(api.routes(store, live, control, clock))
+    app.include_router(stream.routes(live, status_every_s=status_every_s))
+    app.include_router(pages.routes(store, live, clock))
+    app.mount("/static", StaticFiles(directory=pages.HERE / "static"), name="static")
+    return app
+
+
+class Guard:
+    """ASGI middleware: refuses changes that a foreign page asks for, and says what browsers may load."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        app: ASGIApp = self._app
+        request = Request(scope)
+        # Browsers say where a request comes from; programs say nothing and are let through.
+        if request.method not in SAFE and request.headers.get("sec-fetch-site", "none") not in OWN:
+            app = api.problem(403, "a page from elsewhere may not change anything here", request)
+        await app(scope, receive, send_guarded)
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.version("hedgerow")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""Gathers the updates of one round until all are in, or quorum and deadline; refuses what does not fit."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from foundation.codec import Expected, check_update
+from foundation.errors import FrameMismatch, QuorumMissed
+from foundation.messages import Assignment, Update
+from foundation.parameters import Layout, role_of
+
+TICK_S = 0.5
+
+
+class Collector:
+    """The answers to one round's assignments."""
+
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        *,
+        quorum: float,
+        deadline: float,
+        grace_s: float,
+        silent_for: Callable[[str], float | None],
+        clock: Callable[[], float],
+    ) -> None:
+        """Wait until `deadline` (on `clock`); `silent_for` gives an agent's seconds offline, or None."""
+        self.assignments: Mapping[str, Assignment] = {a.agent: a for a in assignments}
+        self.updates: dict[str, Update] = {}
+        self.refusals: dict[str, str] = {}
+        self.needed = max(1, math.ceil(quorum * len(assignments)))
+        self._deadline, self._grace_s = deadline, grace_s
+        self._silent_for, self._clock = silent_for, clock
+        self._changed = asyncio.Event()
+
+    def check(self, update: Update) -> None:
+        """Raise `FrameMismatch` when the update does not answer its agent's assignment."""
+        assignment = self.assignments.get(update.agent)
+        if assignment is None:
+            raise FrameMismatch(f"agent {update.agent!r} was not asked in round {update.round}")
+        layout = expected_layout(assignment)
+        check_update(update, Expected(assignment.run, assignment.round, assignment.agent, layout))
+        hidden = assignment.spec.hidden
+        for block, mask in update.masks.items():
+            if mask.shape != (hidden,):
+                raise FrameMismatch(f"mask of {block} has shape {mask.shape}, not ({hidden},)")
+
+    def add(self, update: Update) -> None:
+        """Count an update that was checked and stored."""
+        self.updates[update.agent] = update
+        self.refusals.pop(update.agent, None)
+        self._changed.set()
+
+    def refuse(self, agent: str, reason: str) -> None:
+        """Note that an agent will not answer."""
+        if agent in self.assignments and agent not in self.updates:
+            self.refusals[agent] = reason
+            self._changed.set()
+
+    @property
+    def outstanding(self) -> list[str]:
+        """Agents that have neither answered nor refused."""
+        return [a for a in self.assignments if a not in self.updates and a not in self.refusals]
+
+    async def wait(self) -> list[Update]:
+        """Return the updates, sorted by agent, when the round may close.
+
+        Raises `QuorumMissed` when the deadline passed, or everyone is accounted for, with too few.
+        """
+        while not self._may_close():
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), TICK_S)
+            except TimeoutError:
+                continue
+        if len(self.updates) < self.needed:
+            missing = dict.fromkeys(self.outstanding, "no answer") | self.refusals
+            reasons = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(missing.items()))
+            raise QuorumMissed(
+                f"{len(self.updates)} of {len(self.assignments)} updates are in, {self.needed} are needed"
+                f" ({reasons})"
+            )
+        return [self.updates[agent] for agent in sorted(self.updates)]
+
+    def _may_close(self) -> bool:
+        waiting = self.outstanding
+        if not waiting or self._clock() >= self._deadline:
+            return True
+        if len(self.updates) < self.needed:
+            return False
+        silent = [self._silent_for(agent) for agent in waiting]
+        return all(s is not None and s > self._grace_s for s in silent)
+
+
+def expected_layout(assignment: Assignment) -> Layout:
+    """Return names and shapes of what an assignment asks back."""
+    work, sent = assignment.work, assignment.parameters
+    return tuple(
+        (name, shape)
+        for name, shape in assignment.spec.layout
+        if (role := role_of(name)) in work.send and (role not in work.change or name in sent)
+    )

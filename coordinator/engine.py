@@ -1,0 +1,524 @@
+"""One round after another: plan, send, collect, absorb, close.
+
+Everything that counts is in the store before it counts: a round's assignments are open before they are
+sent, an update is kept before its agent is told so, snapshot and `closed` are one transaction. A
+coordinator that was killed finds its run, plans the open round again (planning is pure, so the frames are
+the same to the bit), takes the updates it already has, and goes on collecting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from coordinator.collector import Collector
+from coordinator.live import Live, Phase
+from coordinator.report import round_metrics, update_summary
+from coordinator.roster import Roster
+from coordinator.settings import CoordinatorSettings, RunSettings
+from coordinator.store.records import RunRecord
+from coordinator.store.sql import Store
+from coordinator.strategies.base import RoundContext, State, Strategy, load_strategy
+from coordinator.web.models import StartRun
+from foundation.codec import frame_of, update_from
+from foundation.errors import (
+    DeliveryFailed,
+    FrameMismatch,
+    HedgerowError,
+    NotConnected,
+    RoundError,
+    SettingsError,
+    WireError,
+)
+from foundation.frozen import Frozen
+from foundation.messages import (
+    AgentCard,
+    Assignment,
+    Command,
+    Presence,
+    Refusal,
+    Telemetry,
+    Update,
+)
+from foundation.spec import ModelSpec, initial_parameters
+from foundation.topics import Topics, checked_name
+from foundation.transfer import Courier
+from foundation.transport import Letter, Transport
+
+logger = logging.getLogger(__name__)
+
+MALFORMED_LIMIT = 3
+UNFINISHED = ("waiting", "running")
+
+
+class Course(Frozen):
+    """What a run was decided to be when it started; kept in the store."""
+
+    settings: RunSettings
+    spec: ModelSpec
+    labels: tuple[str, ...]
+
+
+@dataclass
+class _Open:
+    """The round that is open."""
+
+    run: str
+    round: int
+    collector: Collector
+    frames: dict[str, bytes]
+    deadline: float
+    sending: dict[str, asyncio.Task[None]]
+
+
+class Engine:
+    """The federation's motor; implements `coordinator.web.models.Control`."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        transport: Transport,
+        store: Store,
+        live: Live,
+        roster: Roster | None = None,
+    ) -> None:
+        self.settings, self.transport, self.store, self.live = settings, transport, store, live
+        self.roster = roster or Roster()
+        self.topics = Topics(settings.federation)
+        self.finished = asyncio.Event()
+        """Set whenever no run is in progress any more."""
+        self.outcome: str | None = None
+        """How the last run ended."""
+        self._session = uuid.uuid4().hex[:12]
+        self._run: asyncio.Task[None] | None = None
+        self._open: _Open | None = None
+        self._opened = asyncio.Condition()
+        self._active: str | None = None
+        self._courier = Courier(
+            transport,
+            frames=self.topics.every("update"),
+            receipts=self.topics.every("received"),
+            receipt_topic=lambda topic: self.topics.of(self.topics.agent_of(topic), "receipt"),
+            handle=self._arrived,
+            part_bytes=settings.mqtt.max_part_bytes,
+        )
+
+    async def serve(self) -> None:
+        """Listen and run until cancelled; resumes an unfinished run, or starts the settings' own."""
+        async with self.transport, self._courier:
+            listeners = [
+                (await self.transport.subscribe(self.topics.every(what)), read)
+                for what, read in (
+                    ("card", self._on_card),
+                    ("presence", self._on_presence),
+                    ("telemetry", self._on_telemetry),
+                    ("refusal", self._on_refusal),
+                )
+            ]
+            await self._say("online")
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for letters, read in listeners:
+                        tasks.create_task(self._listen(letters, read))
+                    await self._begin()
+            finally:
+                if self._run is not None:
+                    self._run.cancel()  # the run itself goes on at the next start
+                    await asyncio.wait([self._run])
+                await self._say("offline")
+
+    async def _say(self, state: Literal["online", "offline"]) -> None:
+        presence = Presence(state=state, session=self._session)
+        body = presence.model_dump_json().encode()
+        await self.transport.publish(self.topics.coordinator_presence, body, retain=True)
+
+    # --- control -------------------------------------------------------------------------------
+
+    async def start(self, request: StartRun) -> None:
+        """Start a run; raises `SettingsError` when one is in progress or the request does not fit."""
+        if self._run is not None and not self._run.done():
+            raise SettingsError(f"run {self._active!r} is in progress: stop it first")
+        given = request.model_dump(exclude_none=True)
+        self._launch(self.settings.run.model_copy(update=RunSettings(**given).model_dump(include=set(given))))
+
+    async def stop(self, reason: str) -> None:
+        """Stop the run in progress; its agents are told, its state stays."""
+        if self._run is None or self._run.done() or self._active is None:
+            raise SettingsError("no run is in progress")
+        run = self._active
+        if self._open is not None:
+            for agent in self._open.collector.outstanding:
+                command = Command(verb="cancel", run=run, round=self._open.round, reason=reason)
+                await self._publish(agent, "command", command.model_dump_json())
+        self._run.cancel()
+        await asyncio.wait([self._run])
+        await self._ended(run, "stopped", reason)
+
+    async def _begin(self) -> None:
+        for record in await asyncio.to_thread(self.store.runs):
+            if record.state in UNFINISHED:
+                course = Course.model_validate_json(record.settings_json)
+                self.live.emit("run_resumed", f"run {record.run} resumed", run=record.run)
+                self._launch(course.settings, course)
+                return
+        if self.settings.autostart:
+            self._launch(self.settings.run)
+
+    def _launch(self, run: RunSettings, course: Course | None = None) -> None:
+        checked_name(run.name, "run")
+        load_strategy(run.strategy, run.settings)  # a wrong setting is said at once, not in the task
+        self._active = run.name
+        self.finished.clear()
+        self._run = asyncio.create_task(self._whole_run(run, course))
+
+    # --- a run ---------------------------------------------------------------------------------
+
+    async def _whole_run(self, run: RunSettings, course: Course | None) -> None:
+        try:
+            if course is None:
+                course = await self._decide(run)
+            run = course.settings
+            strategy = load_strategy(run.strategy, run.settings)
+            state = await self._state(course, strategy)
+            for number in range(state.round + 1, run.rounds + 1):
+                state = await self._round(course, strategy, state, number)
+            await self._ended(run.name, "finished", "")
+        except HedgerowError as error:
+            await self._ended(run.name, "failed", str(error))
+        except Exception as error:  # one of the house's three: logged and answered
+            logger.exception("run failed")
+            await self._ended(run.name, "failed", f"{type(error).__name__}: {error}")
+
+    async def _decide(self, run: RunSettings) -> Course:
+        """Wait for the agents and settle what the model is; a run that failed or was stopped goes on."""
+        if await asyncio.to_thread(self.store.has_run, run.name):
+            known = await asyncio.to_thread(self.store.run, run.name)
+            if known.state == "finished":
+                raise SettingsError(f"run {run.name!r} is finished: choose another name")
+            await asyncio.to_thread(self.store.set_run_state, run.name, "running")
+            self.live.emit("run_resumed", f"run {run.name} resumed", run=run.name)
+            return Course.model_validate_json(known.settings_json)
+        await self._gather(run)
+        kind, shape, labels = self.roster.agreed()
+        spec = run.model.spec(kind, shape, len(labels))
+        course = Course(settings=run, spec=spec, labels=labels)
+        record = RunRecord(
+            run=run.name,
+            strategy=run.strategy,
+            settings_json=course.model_dump_json(),
+            spec_json=spec.model_dump_json(),
+            rounds=run.rounds,
+            seed=run.seed,
+        )
+        await asyncio.to_thread(self.store.open_run, record)
+        await asyncio.to_thread(self.store.set_run_state, run.name, "running")
+        self.live.emit(
+            "run_started",
+            f"run {run.name}: {run.strategy}, {run.rounds} rounds, {len(self.roster.present())} agents",
+            run=run.name,
+        )
+        return course
+
+    async def _gather(self, run: RunSettings) -> None:
+        deadline = time.monotonic() + run.wait_s
+        while len(present := self.roster.present()) < run.min_agents:
+            self.live.phase(
+                run.name,
+                0,
+                run.rounds,
+                "waiting for agents",
+                {"present": len(present), "needed": run.min_agents},
+            )
+            if time.monotonic() > deadline:
+                raise RoundError(
+                    f"{len(present)} of {run.min_agents} agents came within {run.wait_s:.0f} s: start more"
+                    " agents, or lower min_agents"
+                )
+            await asyncio.sleep(0.1)
+
+    async def _state(self, course: Course, strategy: Strategy) -> State:
+        run = course.settings
+        latest = await asyncio.to_thread(self.store.latest_state, run.name)
+        if latest is not None:
+            return await asyncio.to_thread(State.from_bytes, latest[1])
+        model = initial_parameters(course.spec, run.seed)
+        state = await asyncio.to_thread(strategy.begin, model, run.seed)
+        await asyncio.to_thread(self.store.save_initial_state, run.name, state.to_bytes())
+        return state
+
+    # --- a round -------------------------------------------------------------------------------
+
+    async def _round(self, course: Course, strategy: Strategy, state: State, number: int) -> State:
+        run, started = course.settings, time.monotonic()
+        self.live.phase(run.name, number, run.rounds, "planning", {})
+        cards, opened = await self._asked(course, number)
+        for card in cards:
+            state = strategy.enroll(state, card, run.seed)
+        context = RoundContext(
+            run=run.name,
+            round=number,
+            rounds=run.rounds,
+            present=cards,
+            spec=course.spec,
+            seed=run.seed,
+            deadline_s=run.deadline_s,
+            strategy=run.strategy,
+            export=number == run.rounds or (run.export_every > 0 and number % run.export_every == 0),
+        )
+        assignments = await asyncio.to_thread(strategy.plan, state, context)
+        updates = await self._collect(run, number, assignments, opened)
+        self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(updates)})
+        state = await asyncio.to_thread(strategy.absorb, state, updates)
+        metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started)
+        snapshot = await asyncio.to_thread(state.to_bytes)
+        await asyncio.to_thread(self.store.close_round, run.name, number, snapshot, metrics)
+        await asyncio.to_thread(self.store.drop_frames, run.name, number)
+        self.live.emit(
+            "round_closed",
+            f"round {number} closed with {len(updates)} of {len(assignments)} updates",
+            run=run.name,
+            round=number,
+            metrics=metrics,
+        )
+        self.live.round_closed(run.name, number, metrics["seconds"])
+        return state
+
+    async def _asked(self, course: Course, number: int) -> tuple[list[AgentCard], float]:
+        """Return whom the round asks and when it opened (UTC epoch): from the store if it is open already."""
+        run = course.settings
+        record = await asyncio.to_thread(self.store.round_record, run.name, number)
+        if record is not None:
+            known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
+            return [known[agent] for agent in record.agents], record.opened.timestamp()
+        await self._gather(run)
+        present = self.roster.present(course.spec, course.labels)
+        for agent in self.roster.entries:
+            reason = self.roster.reason_against(agent, course.spec, course.labels)
+            if reason is not None:
+                self.live.emit(
+                    "agent_skipped", f"{agent} skipped: {reason}", run=run.name, round=number, agent=agent
+                )
+        if not present:
+            raise RoundError("no agent's data fit this run's model")
+        count = max(1, round(run.fraction * len(present)))
+        rng = np.random.default_rng([run.seed, number, 0xA5])
+        chosen = sorted(rng.choice(len(present), size=count, replace=False))
+        cards = [present[i] for i in chosen]
+        names = [card.agent for card in cards]
+        now = time.time()
+        await asyncio.to_thread(self.store.open_round, run.name, number, names, now + run.deadline_s)
+        return cards, now
+
+    async def _collect(
+        self, run: RunSettings, number: int, assignments: Sequence[Assignment], opened: float
+    ) -> list[Update]:
+        left = run.deadline_s - (time.time() - opened)
+        if left <= 0:
+            left = run.deadline_s  # the coordinator was away for longer than a round: start its clock anew
+        collector = Collector(
+            assignments,
+            quorum=run.quorum,
+            deadline=time.monotonic() + left,
+            grace_s=run.grace_s,
+            silent_for=self._silent_for,
+            clock=time.monotonic,
+        )
+        for record in await asyncio.to_thread(self.store.updates, run.name, number):
+            frame = await asyncio.to_thread(self.store.update_frame, run.name, number, record.agent)
+            collector.add(update_from(frame))
+        self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
+        frames = {a.agent: await asyncio.to_thread(frame_of, a) for a in assignments}
+        here = _Open(run.name, number, collector, frames, time.monotonic() + left, {})
+        async with self._opened:
+            self._open = here
+            self._opened.notify_all()
+        try:
+            for agent in collector.outstanding:
+                self._send(agent)
+            self.live.phase(run.name, number, run.rounds, "collecting", {"agents": len(assignments)})
+            return await collector.wait()
+        finally:
+            self._open = None
+            for task in here.sending.values():
+                task.cancel()
+
+    def _silent_for(self, agent: str) -> float | None:
+        return None if self.roster.entry(agent).online else self.roster.silent_for(agent)
+
+    def _send(self, agent: str) -> None:
+        """(Re)send an agent its assignment of the open round."""
+        here = self._open
+        if here is None or agent not in here.frames or agent not in here.collector.outstanding:
+            return
+        old = here.sending.pop(agent, None)
+        if old is not None:
+            old.cancel()
+        here.sending[agent] = asyncio.create_task(self._deliver(here, agent))
+
+    async def _deliver(self, here: _Open, agent: str) -> None:
+        topic = self.topics.of(agent, "assignment")
+        left = max(1.0, here.deadline - time.monotonic())
+        try:
+            delivery = await self._courier.send(topic, here.frames[agent], deadline_s=left)
+        except DeliveryFailed as error:
+            if error.refused:
+                await self._refused(here.run, here.round, agent, str(error))
+            else:
+                logger.warning("assignment not taken", extra={"agent": agent, "reason": str(error)})
+        else:
+            logger.debug("assignment delivered", extra={"agent": agent, "bytes": delivery.wire_bytes})
+
+    # --- what arrives --------------------------------------------------------------------------
+
+    async def _arrived(self, topic: str, frame: bytes, wire_bytes: int) -> None:
+        """Take an update: checked, stored, counted; the agent is told `stored` when this returns."""
+        agent = self.topics.agent_of(topic)
+        self.roster.heard(agent)
+        try:
+            update = await asyncio.to_thread(update_from, frame)
+            if update.agent != agent:
+                raise FrameMismatch(f"an update of {update.agent!r} came on the topic of {agent!r}")
+            here = await self._round_of(update)
+            if here is None:
+                return  # known already: the agent may forget it
+            here.collector.check(update)
+        except WireError as error:
+            self._malformed(agent, str(error))
+            raise
+        summary = update_summary(update, wire_bytes)
+        new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
+        if update.artifact is not None:
+            await asyncio.to_thread(self.store.add_artifact, update.artifact)
+        here.collector.add(update)
+        if new and update.problem:
+            self.live.emit(
+                "problem", f"{agent}: {update.problem}", run=update.run, round=update.round, agent=agent
+            )
+        if new:
+            self.live.emit(
+                "update",
+                f"{agent}: accuracy {update.metrics.get('accuracy', 0.0):.3f}",
+                run=update.run,
+                round=update.round,
+                agent=agent,
+                up_bytes=wire_bytes,
+            )
+
+    async def _round_of(self, update: Update) -> _Open | None:
+        """Return the open round of an update, or `None` when it was stored in a closed one.
+
+        Waits while the coordinator is still opening that round. Raises `FrameMismatch` for anything else.
+        """
+        if update.run != self._active:
+            raise FrameMismatch(f"run {update.run!r} is not in progress")
+        async with self._opened:
+            while self._open is None or self._open.round < update.round:
+                if self._run is None or self._run.done():
+                    raise FrameMismatch(f"run {update.run!r} is over")
+                if await self._is_stored(update):
+                    return None
+                try:
+                    await asyncio.wait_for(self._opened.wait(), 1.0)
+                except TimeoutError:
+                    continue
+            here = self._open
+        if here.round == update.round:
+            return here
+        if await self._is_stored(update):
+            return None
+        raise FrameMismatch(f"round {update.round} is closed; round {here.round} is open")
+
+    async def _is_stored(self, update: Update) -> bool:
+        records = await asyncio.to_thread(self.store.updates, update.run, update.round)
+        return any(record.agent == update.agent for record in records)
+
+    def _malformed(self, agent: str, reason: str) -> None:
+        entry = self.roster.entry(agent)
+        entry.malformed += 1
+        self.live.emit("malformed", f"{agent}: {reason}", agent=agent)
+        if entry.malformed >= MALFORMED_LIMIT and entry.set_aside is None:
+            entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
+            self.live.emit("set_aside", f"{agent} {entry.set_aside}", agent=agent)
+
+    async def _listen(
+        self, letters: AsyncIterator[Letter], read: Callable[[str, bytes], Awaitable[None]]
+    ) -> None:
+        async for letter in letters:
+            agent = self.topics.agent_of(letter.topic)
+            try:
+                await read(agent, letter.body)
+            except ValidationError as error:
+                first = error.errors()[0]
+                self._malformed(agent, f"{letter.topic.rsplit('/', 1)[1]}: {first['msg']}")
+
+    async def _on_card(self, agent: str, body: bytes) -> None:
+        card = AgentCard.model_validate_json(body)
+        if card.agent != agent:
+            self._malformed(agent, f"it introduces itself as {card.agent!r}")
+            return
+        self.roster.heard(agent)
+        self.roster.entry(agent).card = card
+        self.live.card(card)
+        await asyncio.to_thread(self.store.upsert_agent, card, datetime.now(UTC))
+
+    async def _on_presence(self, agent: str, body: bytes) -> None:
+        presence = Presence.model_validate_json(body)
+        entry = self.roster.entry(agent)
+        was = (entry.online, entry.session)
+        entry.online = presence.state == "online"
+        self.roster.heard(agent)
+        self.live.presence(agent, entry.online)
+        if was[0] != entry.online:
+            self.live.emit(presence.state, f"{agent} is {presence.state}", agent=agent)
+        if entry.online and presence.session != was[1]:
+            entry.session = presence.session
+            self._send(agent)  # a new process: it may have lost what it was sent
+
+    async def _on_telemetry(self, agent: str, body: bytes) -> None:
+        telemetry = Telemetry.model_validate_json(body)
+        self.roster.heard(agent)
+        if telemetry.agent == agent:
+            self.live.telemetry(telemetry)
+
+    async def _on_refusal(self, agent: str, body: bytes) -> None:
+        refusal = Refusal.model_validate_json(body)
+        self.roster.heard(agent)
+        await self._refused(refusal.run, refusal.round, agent, refusal.reason)
+
+    async def _refused(self, run: str, number: int, agent: str, reason: str) -> None:
+        self.live.emit("refusal", f"{agent}: {reason}", run=run, round=number, agent=agent)
+        await asyncio.to_thread(self.store.add_refusal, run, number, agent, reason, datetime.now(UTC))
+        here = self._open
+        if here is not None and (here.run, here.round) == (run, number):
+            here.collector.refuse(agent, reason)
+
+    # --- the end -------------------------------------------------------------------------------
+
+    async def _ended(self, run: str, state: Literal["finished", "failed", "stopped"], reason: str) -> None:
+        phase: Phase = "idle" if state == "stopped" else state
+        rounds = 0
+        if await asyncio.to_thread(self.store.has_run, run):
+            rounds = (await asyncio.to_thread(self.store.run, run)).rounds
+            await asyncio.to_thread(self.store.set_run_state, run, state, reason)
+        text = f"run {run} {state}" + (f": {reason}" if reason else "")
+        (logger.info if state == "finished" else logger.error)(text)
+        self.live.phase(run, rounds, rounds, phase, {"reason": reason} if reason else {})
+        self.live.emit(f"run_{state}", text, run=run)
+        self.outcome = state
+        self.finished.set()
+
+    async def _publish(self, agent: str, what: str, body: str) -> None:
+        try:
+            await self.transport.publish(self.topics.of(agent, what), body.encode())
+        except NotConnected as error:
+            logger.warning("not published", extra={"what": what, "reason": str(error)})

@@ -1,0 +1,94 @@
+"""Who is here, what they are, and when they were last heard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from foundation.errors import RoundError
+from foundation.messages import PROTOCOL, AgentCard
+from foundation.spec import ModelSpec
+
+Answers = tuple[str, tuple[int, ...], tuple[str, ...]]
+
+
+@dataclass
+class Entry:
+    """One agent as the coordinator sees it."""
+
+    card: AgentCard | None = None
+    online: bool = False
+    session: str = ""
+    last_heard: float = 0.0
+    malformed: int = 0
+    set_aside: str | None = None
+    """Why this agent gets no more work, if so."""
+
+
+@dataclass
+class Roster:
+    """All agents of the federation, by name."""
+
+    clock: Callable[[], float] = monotonic
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def entry(self, agent: str) -> Entry:
+        """Return what is known of an agent, made on first mention."""
+        return self.entries.setdefault(agent, Entry())
+
+    def heard(self, agent: str) -> None:
+        """Note that an agent was heard just now."""
+        self.entry(agent).last_heard = self.clock()
+
+    def silent_for(self, agent: str) -> float:
+        """Seconds since an agent was last heard."""
+        return self.clock() - self.entry(agent).last_heard
+
+    def reason_against(self, agent: str, spec: ModelSpec | None, labels: tuple[str, ...]) -> str | None:
+        """Return why an agent cannot take part, or `None` when it can."""
+        entry = self.entry(agent)
+        if entry.card is None:
+            return "it has not introduced itself yet"
+        if not entry.online:
+            return "it is offline"
+        if entry.set_aside:
+            return entry.set_aside
+        if entry.card.protocol != PROTOCOL:
+            return (
+                f"it speaks protocol {entry.card.protocol}, this coordinator {PROTOCOL}:"
+                " install the same version on both"
+            )
+        if entry.card.problem:
+            return entry.card.problem
+        if spec is None:
+            return None
+        wanted = (spec.input, spec.shape, labels)
+        if answers_of(entry.card) != wanted:
+            return (
+                f"its data ({entry.card.input} {entry.card.shape}, {len(entry.card.labels)} classes) is not"
+                f" the run's ({spec.input} {spec.shape}, {len(labels)} classes)"
+            )
+        return None
+
+    def present(self, spec: ModelSpec | None = None, labels: tuple[str, ...] = ()) -> list[AgentCard]:
+        """Return the cards of everyone who can take part, sorted by name."""
+        return [
+            entry.card
+            for agent, entry in sorted(self.entries.items())
+            if entry.card is not None and self.reason_against(agent, spec, labels) is None
+        ]
+
+    def agreed(self) -> Answers:
+        """Return input, shape and labels that most present agents have; raises `RoundError` for none."""
+        found = Counter(answers_of(card) for card in self.present())
+        if not found:
+            raise RoundError("no agent with usable data is online")
+        # Ties go to the smaller description, so that the choice does not depend on who came first.
+        return min(found, key=lambda answers: (-found[answers], repr(answers)))
+
+
+def answers_of(card: AgentCard) -> Answers:
+    """Return what must agree between the agents of a run."""
+    return (card.input or "none", card.shape, card.labels)

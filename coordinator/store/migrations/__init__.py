@@ -1,0 +1,1 @@
+"""Alembic's folder: how a database of any age becomes the tables of `schema.py`."""

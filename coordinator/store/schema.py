@@ -1,0 +1,197 @@
+"""The tables, and how a database is opened and brought to them.
+
+Keys are natural: run, (run, round), (run, round, agent). Times are UTC seconds since the epoch, JSON is
+text, and nothing here is of one database only except the pragmas, so PostgreSQL needs another engine and no
+other table. `REVISION` is the migration that leads to these tables; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from foundation.errors import StoreError
+
+REVISION = "0001"
+MIGRATIONS = Path(__file__).parent / "migrations"
+FILE = "hedgerow.sqlite"
+PATIENCE_S = 30.0
+"""How long one connection waits for another process's lock."""
+
+metadata = sa.MetaData()
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # only INTEGER counts up by itself in SQLite
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("strategy", sa.Text, nullable=False),
+    sa.Column("settings_json", sa.Text, nullable=False),
+    sa.Column("spec_json", sa.Text, nullable=False),
+    sa.Column("rounds", sa.Integer, nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("created", sa.Float(53), nullable=False),
+    sa.Column("changed", sa.Float(53), nullable=False),
+)
+
+agents = sa.Table(
+    "agents",
+    metadata,
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("card_json", sa.Text, nullable=False),
+    sa.Column("first_seen", sa.Float(53), nullable=False),
+    sa.Column("last_seen", sa.Float(53), nullable=False),
+)
+
+rounds = sa.Table(
+    "rounds",
+    metadata,
+    sa.Column("run", sa.Text, sa.ForeignKey("runs.run"), primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("agents_json", sa.Text, nullable=False),
+    sa.Column("deadline", sa.Float(53), nullable=False),
+    sa.Column("opened", sa.Float(53), nullable=False),
+    sa.Column("closed", sa.Float(53)),
+    sa.Column("metrics_json", sa.Text, nullable=False),
+)
+
+states = sa.Table(
+    "states",
+    metadata,
+    sa.Column("run", sa.Text, sa.ForeignKey("runs.run"), primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("sha256", sa.Text, nullable=False, index=True),
+)
+
+updates = sa.Table(
+    "updates",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("received", sa.Float(53), nullable=False),
+    sa.Column("summary_json", sa.Text, nullable=False),
+    sa.Column("frame_sha256", sa.Text, index=True),
+    sa.Column("frame_bytes", sa.BigInteger, nullable=False),
+    sa.ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.round"]),
+)
+
+refusals = sa.Table(
+    "refusals",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("run", sa.Text, nullable=False, index=True),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("agent", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("at", sa.Float(53), nullable=False),
+)
+
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("agent", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("manifest_json", sa.Text, nullable=False),
+    sa.UniqueConstraint("run", "round", "agent", "sha256"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("run", sa.Text),
+    sa.Column("round", sa.Integer),
+    sa.Column("agent", sa.Text),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("data_json", sa.Text, nullable=False),
+    sa.Column("at", sa.Float(53), nullable=False),
+)
+
+# Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.
+_MIGRATING = threading.Lock()
+
+
+def open_engine(folder: Path) -> Engine:
+    """Open, and if need be make or migrate, the SQLite database in `folder`.
+
+    Raises `StoreError` when it is no database, is of a newer Hedgerow, or cannot be written.
+    """
+    path = folder / FILE
+    engine = sa.create_engine(
+        URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": PATIENCE_S, "check_same_thread": False},
+        pool_size=8,
+        max_overflow=56,  # more threads than asyncio.to_thread ever has
+    )
+    sa.event.listen(engine, "connect", _set_up)
+    sa.event.listen(engine, "begin", _begin)
+    try:
+        with _MIGRATING, engine.connect().execution_options(writes=True) as connection, connection.begin():
+            _migrate(connection, path)
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        engine.dispose()
+        raise StoreError(f"the database {path} cannot be opened: {error}") from error
+    except StoreError:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _set_up(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+    # The driver's own transactions begin late and leave DDL outside; we say BEGIN ourselves.
+    connection.isolation_level = None
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin(connection: Connection) -> None:
+    # IMMEDIATE takes the write lock at once: a writer that read first could otherwise find it taken.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _migrate(connection: Connection, path: Path) -> None:
+    """Run the migrations that are missing, all in the transaction of `connection`."""
+    if _revision(connection) == REVISION:
+        return
+    # Imported here: a database that is up to date, which is nearly every start, does not pay for it.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    noise = logging.getLogger("alembic")
+    if noise.level == logging.NOTSET:
+        noise.setLevel(logging.WARNING)
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    found = _revision(connection)
+    if found is not None and found not in known:
+        raise StoreError(
+            f"the database {path} is at revision {found}, which this Hedgerow does not know:"
+            " it was written by a newer one; upgrade, or choose another folder"
+        )
+    command.upgrade(config, "head")
+
+
+def _revision(connection: Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()

@@ -1,0 +1,570 @@
+"""The coordinator's memory: rows in SQLite, blobs beside them, one writer at a time.
+
+What a verb has returned from survives a power cut (WAL, synchronous=FULL; blobs fsynced before the row that
+names them). Blobs are written and swept only inside a write transaction, so no sweep, of this process or of
+another one on the same folder, can meet a blob whose row is still on its way. All verbs may be called from
+any thread; every failure of the database or the disk is a `StoreError`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import sqlalchemy as sa
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from coordinator.store import schema
+from coordinator.store.blobs import Blobs
+from coordinator.store.records import (
+    RUN_STATES,
+    AgentRecord,
+    EventRecord,
+    NewEvent,
+    RefusalRecord,
+    RoundRecord,
+    RunRecord,
+    RunState,
+    UpdateRecord,
+    dumps,
+    loads,
+)
+from foundation.artifact import Manifest
+from foundation.errors import StoreError
+from foundation.messages import AgentCard, Json
+
+M = TypeVar("M", bound=BaseModel)
+
+STATES_KEPT = 2
+"""Snapshots kept of every run: the last, and the one before it."""
+
+
+class Store:
+    """Runs, agents, rounds, updates, refusals, artifacts and events of one coordinator."""
+
+    def __init__(self, engine: Engine, blobs: Blobs, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._clock = clock
+        self._writer = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path, *, clock: Callable[[], float] = time.time) -> Self:
+        """Open the store in `folder`, making or migrating it if need be, and sweep what a crash left.
+
+        `clock` gives UTC seconds since the epoch. Raises `StoreError`.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the store's folder {folder} cannot be made: {error}") from error
+        blobs = Blobs(folder / "blobs")
+        store = cls(schema.open_engine(folder), blobs, clock)
+        store.sweep()
+        return store
+
+    def close(self) -> None:
+        """Close all connections; a second call does nothing."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Runs
+
+    def open_run(self, record: RunRecord) -> None:
+        """Begin a run; once more with the same settings does nothing, with others raises `StoreError`."""
+        fixed = {
+            "strategy": record.strategy,
+            "settings_json": record.settings_json,
+            "spec_json": record.spec_json,
+            "rounds": record.rounds,
+            "seed": record.seed,
+        }
+        with self._writing() as connection:
+            row = _one(connection, schema.runs, run=record.run)
+            if row is None:
+                now = self._clock()
+                fresh = {"state": "waiting", "reason": "", "created": now, "changed": now}
+                connection.execute(sa.insert(schema.runs).values(run=record.run, **fixed, **fresh))
+                return
+            other = [name for name, value in fixed.items() if not _same(name, row._mapping[name], value)]
+        if other:
+            raise StoreError(
+                f"run {record.run!r} is there already with another {' and '.join(other)}:"
+                " choose another name, or go on with the settings it began with"
+            )
+
+    def set_run_state(self, run: str, state: RunState, reason: str = "") -> None:
+        """Say how a run stands; raises `StoreError` for a run or a state that is not known."""
+        if state not in RUN_STATES:
+            raise StoreError(f"{state!r} is no state of a run: use one of {', '.join(RUN_STATES)}")
+        with self._writing() as connection:
+            change = sa.update(schema.runs).where(schema.runs.c.run == run)
+            done = connection.execute(change.values(state=state, reason=reason, changed=self._clock()))
+            if not done.rowcount:
+                raise _no_run(run)
+
+    def run(self, run: str) -> RunRecord:
+        """Return one run; raises `StoreError` if there is none of that name."""
+        with self._reading() as connection:
+            row = _one(connection, schema.runs, run=run)
+        if row is None:
+            raise _no_run(run)
+        return _run(row)
+
+    def has_run(self, run: str) -> bool:
+        """Whether there is a run of that name."""
+        with self._reading() as connection:
+            return _one(connection, schema.runs, run=run) is not None
+
+    def runs(self) -> list[RunRecord]:
+        """Return all runs, newest first."""
+        table = schema.runs
+        return [
+            _run(row)
+            for row in self._all(sa.select(table).order_by(table.c.created.desc(), table.c.run.desc()))
+        ]
+
+    # Agents
+
+    def upsert_agent(self, card: AgentCard, seen: datetime) -> None:
+        """Keep the latest card of an agent; `seen` never moves `last_seen` back."""
+        at = seen.timestamp()
+        with self._writing() as connection:
+            table = schema.agents
+            row = _one(connection, table, agent=card.agent)
+            if row is None:
+                values = {"agent": card.agent, "first_seen": at, "last_seen": at}
+                connection.execute(sa.insert(table).values(card_json=_model_json(card), **values))
+                return
+            change = sa.update(table).where(table.c.agent == card.agent)
+            connection.execute(change.values(card_json=_model_json(card), last_seen=max(at, row.last_seen)))
+
+    def agents(self) -> list[AgentRecord]:
+        """Return every agent that ever introduced itself, by name."""
+        rows = self._all(sa.select(schema.agents).order_by(schema.agents.c.agent))
+        return [
+            AgentRecord(_model(AgentCard, row.card_json), _when(row.first_seen), _when(row.last_seen))
+            for row in rows
+        ]
+
+    # Rounds and states
+
+    def open_round(self, run: str, round: int, agents: Sequence[str], deadline: float) -> None:
+        """Open a round; once more, open or closed, does nothing. `deadline` is UTC seconds since the epoch.
+
+        A round that is open already keeps the agents and the deadline it was opened with. Raises
+        `StoreError` for a run that is not known.
+        """
+        with self._writing() as connection:
+            if _one(connection, schema.runs, run=run) is None:
+                raise _no_run(run)
+            if _one(connection, schema.rounds, run=run, round=round) is not None:
+                return
+            values = {"state": "open", "agents_json": dumps({"agents": list(agents)}), "deadline": deadline}
+            times = {"opened": self._clock(), "closed": None, "metrics_json": "{}"}
+            connection.execute(sa.insert(schema.rounds).values(run=run, round=round, **values, **times))
+
+    def round_record(self, run: str, round: int) -> RoundRecord | None:
+        """Return one round, or `None` if it was never opened."""
+        with self._reading() as connection:
+            row = _one(connection, schema.rounds, run=run, round=round)
+        return None if row is None else _round(row)
+
+    def rounds(self, run: str, *, after: int = 0, limit: int | None = None) -> list[RoundRecord]:
+        """Return the rounds of a run above `after`, in order."""
+        table = schema.rounds
+        where = (table.c.run == run) & (table.c.round > after)
+        return [
+            _round(row)
+            for row in self._all(sa.select(table).where(where).order_by(table.c.round).limit(limit))
+        ]
+
+    def latest_rounds(self, run: str, limit: int) -> list[RoundRecord]:
+        """Return the last rounds of a run, in order."""
+        table = schema.rounds
+        query = sa.select(table).where(table.c.run == run).order_by(table.c.round.desc()).limit(limit)
+        return [_round(row) for row in reversed(self._all(query))]
+
+    def save_initial_state(self, run: str, state: bytes) -> None:
+        """Keep the state before round 1; the same bytes once more do nothing, others raise `StoreError`."""
+        with self._writing() as connection:
+            if _one(connection, schema.runs, run=run) is None:
+                raise _no_run(run)
+            digest = self._blobs.put(state)
+            table = schema.states
+            found = connection.execute(
+                sa.select(table).where(table.c.run == run).order_by(table.c.round)
+            ).first()
+            if found is None:
+                connection.execute(sa.insert(table).values(run=run, round=0, sha256=digest))
+            elif found.round != 0 or found.sha256 != digest:
+                raise StoreError(
+                    f"run {run!r} has a state already (after round {found.round}): resume from it"
+                )
+
+    def close_round(self, run: str, round: int, state: bytes, metrics: Json) -> None:
+        """Close an open round with the state that came of it, both or neither.
+
+        Closing a closed round again with the same state does nothing. Raises `StoreError` when the round was
+        never opened, or was closed with another state.
+        """
+        with self._writing() as connection:
+            row = _one(connection, schema.rounds, run=run, round=round)
+            if row is None:
+                raise StoreError(f"round {round} of run {run!r} was never opened")
+            digest = self._blobs.put(state)
+            if row.state == "closed":
+                kept = _one(connection, schema.states, run=run, round=round)
+                if kept is None or kept.sha256 != digest:
+                    raise StoreError(f"round {round} of run {run!r} is closed already, with another state")
+                return
+            released = _close(connection, run, round, digest, dumps(metrics), self._clock())
+        self._discard(released)
+
+    def latest_state(self, run: str) -> tuple[int, bytes] | None:
+        """Return the last closed round (0 before the first) and its state, or `None` before any state.
+
+        Raises `StoreError` by name when the blob is missing or damaged.
+        """
+        table = schema.states
+        query = sa.select(table).where(table.c.run == run).order_by(table.c.round.desc()).limit(1)
+        with self._reading() as connection:
+            row = connection.execute(query).first()
+            # Read inside the transaction: a round that closes meanwhile may release this very blob.
+            return None if row is None else (row.round, self._blobs.get(row.sha256))
+
+    # Updates
+
+    def add_update(self, run: str, round: int, agent: str, frame: bytes, summary: Json) -> bool:
+        """Keep an update; durable when this returns. False if this agent's is there already.
+
+        The first one stays. `summary` is what `records.summarise` makes. Raises `StoreError` for a round
+        that was never opened.
+        """
+        with self._writing() as connection:
+            if _one(connection, schema.updates, run=run, round=round, agent=agent) is not None:
+                return False
+            if _one(connection, schema.rounds, run=run, round=round) is None:
+                raise StoreError(f"an update of {agent!r} is for round {round} of run {run!r}, never opened")
+            values = {
+                "received": self._clock(),
+                "summary_json": dumps(summary),
+                "frame_bytes": len(frame),
+                "frame_sha256": self._blobs.put(frame),
+            }
+            connection.execute(sa.insert(schema.updates).values(run=run, round=round, agent=agent, **values))
+            return True
+
+    def updates(self, run: str, round: int) -> list[UpdateRecord]:
+        """Return the updates of one round, by agent."""
+        table = schema.updates
+        where = (table.c.run == run) & (table.c.round == round)
+        return [_update(row) for row in self._all(sa.select(table).where(where).order_by(table.c.agent))]
+
+    def update_frame(self, run: str, round: int, agent: str) -> bytes:
+        """Return the frame of an update; raises `StoreError` when there is none, or no longer."""
+        with self._reading() as connection:
+            row = _one(connection, schema.updates, run=run, round=round, agent=agent)
+            if row is None:
+                raise StoreError(f"there is no update of {agent!r} in round {round} of run {run!r}")
+            if row.frame_sha256 is None:
+                raise StoreError(f"the frame of {agent!r} in round {round} of run {run!r} has been released")
+            return self._blobs.get(row.frame_sha256)
+
+    def history(
+        self, run: str, *, after: tuple[int, str] | None = None, limit: int | None = None
+    ) -> list[UpdateRecord]:
+        """Return the updates of a run by round and agent, those after the key `after` (round, agent)."""
+        table = schema.updates
+        where = table.c.run == run
+        if after is not None:
+            past = (table.c.round == after[0]) & (table.c.agent > after[1])
+            where = where & ((table.c.round > after[0]) | past)
+        query = sa.select(table).where(where).order_by(table.c.round, table.c.agent).limit(limit)
+        return [_update(row) for row in self._all(query)]
+
+    def count_updates(self, run: str) -> int:
+        """Return how many updates a run has."""
+        table = schema.updates
+        with self._reading() as connection:
+            count = sa.select(sa.func.count()).select_from(table).where(table.c.run == run)
+            return int(connection.execute(count).scalar_one())
+
+    def drop_frames(self, run: str, before_round: int) -> int:
+        """Release the frames of all closed rounds below `before_round`; summaries stay. Returns how many."""
+        table = schema.updates
+        closed = sa.select(schema.rounds.c.round).where(
+            schema.rounds.c.run == run,
+            schema.rounds.c.state == "closed",
+            schema.rounds.c.round < before_round,
+        )
+        where = (table.c.run == run) & table.c.round.in_(closed) & table.c.frame_sha256.is_not(None)
+        with self._writing() as connection:
+            frames = list(connection.execute(sa.select(table.c.frame_sha256).where(where)).scalars())
+            connection.execute(sa.update(table).where(where).values(frame_sha256=None))
+        self._discard(frames)
+        return len(frames)
+
+    # Refusals, artifacts, events
+
+    def add_refusal(self, run: str, round: int, agent: str, reason: str, when: datetime) -> int:
+        """Keep a refusal and return its id."""
+        values = {"run": run, "round": round, "agent": agent, "reason": reason, "at": when.timestamp()}
+        with self._writing() as connection:
+            return _insert(connection, schema.refusals, **values)
+
+    def refusals(
+        self, run: str | None = None, *, after_id: int = 0, limit: int | None = None
+    ) -> list[RefusalRecord]:
+        """Return the refusals of one run, or of all, oldest first."""
+        table = schema.refusals
+        query = sa.select(table).where(table.c.id > after_id).order_by(table.c.id).limit(limit)
+        if run is not None:
+            query = query.where(table.c.run == run)
+        return [
+            RefusalRecord(row.id, row.run, row.round, row.agent, row.reason, _when(row.at))
+            for row in self._all(query)
+        ]
+
+    def add_artifact(self, manifest: Manifest) -> bool:
+        """Keep what an agent said about an artifact; False if it is there already."""
+        key: dict[str, str | int] = {
+            "run": manifest.run,
+            "round": manifest.round,
+            "agent": manifest.agent,
+            "sha256": manifest.sha256,
+        }
+        with self._writing() as connection:
+            if _one(connection, schema.artifacts, **key) is not None:
+                return False
+            _insert(connection, schema.artifacts, manifest_json=_model_json(manifest), **key)
+            return True
+
+    def artifacts(
+        self, run: str | None = None, *, agent: str | None = None, after: int = 0, limit: int | None = None
+    ) -> list[Manifest]:
+        """Return manifests, of one run or agent or of all, newest first; `after` of them are left out."""
+        table = schema.artifacts
+        query = sa.select(table.c.manifest_json).order_by(table.c.id.desc()).limit(limit).offset(after)
+        if run is not None:
+            query = query.where(table.c.run == run)
+        if agent is not None:
+            query = query.where(table.c.agent == agent)
+        return [_model(Manifest, row.manifest_json) for row in self._all(query)]
+
+    def add_event(
+        self,
+        kind: str,
+        run: str | None = None,
+        round: int | None = None,
+        agent: str | None = None,
+        text: str = "",
+        data: Json | None = None,
+    ) -> int:
+        """Keep an event and return its id, which is larger than any before."""
+        return self.add_events([NewEvent(kind, text, run, round, agent, data or {})])[0]
+
+    def add_events(self, events: Sequence[NewEvent]) -> list[int]:
+        """Keep several events in one transaction; returns their ids in order."""
+        with self._writing() as connection:
+            return [
+                _insert(
+                    connection,
+                    schema.events,
+                    kind=event.kind,
+                    run=event.run,
+                    round=event.round,
+                    agent=event.agent,
+                    text=event.text,
+                    data_json=dumps(event.data),
+                    at=self._clock() if event.when is None else event.when.timestamp(),
+                )
+                for event in events
+            ]
+
+    def events(self, after_id: int = 0, limit: int = 200) -> list[EventRecord]:
+        """Return up to `limit` events after an id, oldest first."""
+        table = schema.events
+        query = sa.select(table).where(table.c.id > after_id).order_by(table.c.id).limit(limit)
+        return [_event(row) for row in self._all(query)]
+
+    def latest_events(self, limit: int = 20, run: str | None = None) -> list[EventRecord]:
+        """Return the last events, of one run or of all, newest first."""
+        table = schema.events
+        query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
+        if run is not None:
+            query = query.where(table.c.run == run)
+        return [_event(row) for row in self._all(query)]
+
+    # The folder
+
+    def sweep(self) -> int:
+        """Remove every blob that no row names, and leftovers of writing; returns how many blobs went."""
+        with self._writing() as connection:
+            named = sa.union(
+                sa.select(schema.states.c.sha256),
+                sa.select(schema.updates.c.frame_sha256).where(schema.updates.c.frame_sha256.is_not(None)),
+            )
+            return self._blobs.sweep(set(connection.execute(named).scalars()))
+
+    def check(self) -> None:
+        """Return when the database answers; raises `StoreError` when it does not."""
+        with self._reading() as connection:
+            connection.execute(sa.select(1))
+
+    def _discard(self, digests: Collection[str]) -> None:
+        """Remove blobs whose rows are gone, unless another row still names them."""
+        if not digests:
+            return
+        with self._writing() as connection:
+            self._blobs.discard([digest for digest in set(digests) if not _is_named(connection, digest)])
+
+    def _all(self, query: sa.Select[tuple[object, ...]]) -> Sequence[Row[tuple[object, ...]]]:
+        with self._reading() as connection:
+            return connection.execute(query).all()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with _as_store_errors(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with (
+            self._writer,
+            _as_store_errors(),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+
+@contextmanager
+def _as_store_errors() -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise StoreError(f"the store failed: {error}") from error
+
+
+def _close(connection: Connection, run: str, round: int, digest: str, metrics: str, now: float) -> list[str]:
+    """Write snapshot and "closed", forget older states, and return the digests that were let go."""
+    states, rounds = schema.states, schema.rounds
+    connection.execute(sa.insert(states).values(run=run, round=round, sha256=digest))
+    connection.execute(
+        sa.update(rounds)
+        .where(rounds.c.run == run, rounds.c.round == round)
+        .values(state="closed", closed=now, metrics_json=metrics)
+    )
+    mine = (
+        sa.select(states.c.round, states.c.sha256).where(states.c.run == run).order_by(states.c.round.desc())
+    )
+    old = connection.execute(mine.offset(STATES_KEPT)).all()
+    for row in old:
+        connection.execute(sa.delete(states).where(states.c.run == run, states.c.round == row.round))
+    return [row.sha256 for row in old]
+
+
+def _is_named(connection: Connection, digest: str) -> bool:
+    places = (schema.states.c.sha256, schema.updates.c.frame_sha256)
+    return any(
+        connection.execute(sa.select(place).where(place == digest).limit(1)).first() is not None
+        for place in places
+    )
+
+
+def _one(connection: Connection, table: sa.Table, **key: str | int) -> Row[tuple[object, ...]] | None:
+    return connection.execute(sa.select(table).filter_by(**key)).first()
+
+
+def _insert(connection: Connection, table: sa.Table, **values: object) -> int:
+    """Insert a row into a table that counts its rows, and return the id it was given."""
+    key = connection.execute(sa.insert(table).values(**values)).inserted_primary_key
+    if key is None:
+        raise StoreError(f"the database gave no id for a row of {table.name}")
+    return int(key[0])
+
+
+def _same(name: str, kept: object, given: object) -> bool:
+    if name.endswith("_json"):
+        return loads(str(kept)) == loads(str(given))  # the order of keys says nothing
+    return kept == given
+
+
+def _no_run(run: str) -> StoreError:
+    return StoreError(f"there is no run {run!r} in this store")
+
+
+def _when(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _model_json(model: BaseModel) -> str:
+    return dumps(model.model_dump(mode="json"))
+
+
+def _model(kind: type[M], text: str) -> M:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise StoreError(f"a row holds no {kind.__name__}: {error}") from error
+
+
+def _run(row: Row[tuple[object, ...]]) -> RunRecord:
+    values = dict(row._mapping)
+    values["created"], values["changed"] = _when(row.created), _when(row.changed)
+    return RunRecord(**values)
+
+
+def _round(row: Row[tuple[object, ...]]) -> RoundRecord:
+    return RoundRecord(
+        run=row.run,
+        round=row.round,
+        state=row.state,
+        agents=tuple(loads(row.agents_json)["agents"]),
+        deadline=row.deadline,
+        opened=_when(row.opened),
+        closed=None if row.closed is None else _when(row.closed),
+        metrics=loads(row.metrics_json),
+    )
+
+
+def _update(row: Row[tuple[object, ...]]) -> UpdateRecord:
+    return UpdateRecord(
+        run=row.run,
+        round=row.round,
+        agent=row.agent,
+        received=_when(row.received),
+        summary=loads(row.summary_json),
+        frame_sha256=row.frame_sha256,
+        frame_bytes=row.frame_bytes,
+    )
+
+
+def _event(row: Row[tuple[object, ...]]) -> EventRecord:
+    return EventRecord(
+        id=row.id,
+        kind=row.kind,
+        when=_when(row.at),
+        text=row.text,
+        run=row.run,
+        round=row.round,
+        agent=row.agent,
+        data=loads(row.data_json),
+    )

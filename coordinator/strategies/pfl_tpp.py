@@ -1,0 +1,111 @@
+"""PFL-TPP: FedTP's generated attention, with FFLs that devices prune by learned thresholds.
+
+"Personalized Federated Learning with Transformer Personalization and Pruning" (TMLCN 2026) and its
+forerunner PFL-TPS (ICC 2025). Only their abstracts could be read; what they leave open is our choice and
+listed in docs/algorithms.md: thresholds per hidden unit, averaged over devices by examples; FFL weights
+stay on the device (`own`), or are averaged over those that kept a unit, or over all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from coordinator.aggregate import in_order, mean_of_keepers, shares_of, weighted_mean
+from coordinator.strategies.base import RoundContext, State, Strategy
+from coordinator.strategies.fedtp import ATTENTION, FedTP
+from foundation.messages import Assignment, Update
+from foundation.parameters import EVERYTHING, Parameters, Role
+from foundation.work import Phase, ThresholdPruning
+
+FFL = frozenset({Role.FFL})
+THRESHOLD = frozenset({Role.THRESHOLD})
+
+
+class PflTpp(FedTP):
+    """Attention generated, thresholds averaged, FFL weights by policy."""
+
+    personal_head: bool = True
+    ffl: Literal["own", "mean_of_keepers", "mean"] = "own"
+    uplink: Literal["full", "topk", "embed"] = "full"
+    """What teaches the hypernetwork: the whole attention change, its `topk` share, or nothing (`embed`)."""
+    target: float = Field(0.9, ge=0, lt=1)
+    """Share of FFL units that should be gone."""
+    floor: int = Field(4, ge=1)
+    warm_up: int = Field(1, ge=0)
+    """Rounds before thresholds move."""
+    threshold_rate: float = Field(0.05, gt=0)
+    every: int = Field(4, ge=1)
+    max_drop: float = Field(0.3, gt=0, le=1)
+    regulariser: float = Field(1.0, ge=0)
+    task_gradient: bool = True
+    lean: bool = False
+    """Train attention and stem in the first local epoch only; later ones start from cached activations."""
+
+    def averaged(self) -> frozenset[Role]:
+        """Everything but attention, thresholds and what the policy keeps on the device."""
+        return super().averaged() - (FFL if self.ffl == "own" else frozenset())
+
+    def own(self) -> frozenset[Role]:
+        """The head and the FFLs, where they are personal."""
+        return super().own() | (FFL if self.ffl == "own" else frozenset())
+
+    def begin(self, model: Parameters, seed: int) -> State:
+        """Start as FedTP does, with thresholds at 0."""
+        state = super().begin(model, seed)
+        thresholds = model.only(THRESHOLD).prefixed("model/")
+        return State(0, state.shared.updated(thresholds))
+
+    def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
+        """Send attention, mean and mean thresholds; ask for threshold pruning."""
+        pruning = ThresholdPruning(
+            target=self.target,
+            floor=self.floor,
+            threshold_rate=self.threshold_rate,
+            every=self.every,
+            max_drop=self.max_drop,
+            regulariser=self.regulariser,
+            task_gradient=self.task_gradient,
+            active=context.round > self.warm_up,
+        )
+        sent = frozenset() if self.uplink == "embed" else ATTENTION
+        work = self.work(
+            phases=self._phases(),
+            terms=(pruning,),
+            send=self.averaged() | THRESHOLD | sent,
+            change=sent,
+            topk=self.topk if self.uplink == "topk" else 1.0,
+            keep=self.own(),
+        )
+        down = self._generated(state, [card.agent for card in context.present])
+        return [context.assign(card.agent, work, down[card.agent]) for card in context.present]
+
+    def absorb(self, state: State, updates: Sequence[Update]) -> State:
+        """Chain rule for attention, means for thresholds and the rest, the FFL policy for FFLs."""
+        updates = in_order(updates)
+        if not updates:
+            return State(state.round + 1, state.shared, state.private)
+        shares = shares_of(updates)
+        roles = self.averaged() | THRESHOLD
+        if self.ffl == "mean_of_keepers":
+            roles = roles - FFL
+        mean = weighted_mean([u.parameters.only(roles) for u in updates], shares)
+        if self.ffl == "mean_of_keepers":
+            old = state.shared.under("model/").only(FFL)
+            mean = mean.updated(mean_of_keepers(updates, shares, old))
+        if self.uplink != "embed":
+            state = self._pulled_back(state, updates)
+        return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
+
+    def _phases(self) -> tuple[Phase, ...]:
+        whole = Phase(epochs=self.epochs, learning_rate=self.learning_rate)
+        if not self.lean or self.epochs < 2:
+            return (whole,)
+        first = Phase(epochs=1, learning_rate=self.learning_rate)
+        rest = EVERYTHING - ATTENTION - {Role.REST}
+        return (first, Phase(train=rest, epochs=self.epochs - 1, learning_rate=self.learning_rate))
+
+
+STRATEGY: type[Strategy] = PflTpp

@@ -1,0 +1,247 @@
+"""The JSON API under /api/v1, and errors as problem+json."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from coordinator.live import AgentStatus, Live, Status
+from coordinator.store.records import RunRecord
+from coordinator.store.sql import Store
+from coordinator.web.models import (
+    AgentView,
+    Control,
+    Health,
+    Page,
+    Problem,
+    RefusalView,
+    RoundView,
+    RunView,
+    StartRun,
+    StopRun,
+    T,
+    UpdateView,
+    views,
+)
+from foundation.artifact import Manifest
+from foundation.errors import HedgerowError, RoundError, SettingsError, StoreError, WorkRefused
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "/api/v1"
+PROBLEM = "application/problem+json"
+STATUS_OF: tuple[tuple[type[HedgerowError], HTTPStatus], ...] = (
+    (SettingsError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (RoundError, HTTPStatus.CONFLICT),
+    (WorkRefused, HTTPStatus.CONFLICT),
+    (StoreError, HTTPStatus.INTERNAL_SERVER_ERROR),
+)
+
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most items to return.")]
+After = Annotated[str | None, Query(max_length=200, description="`next` of the page before.")]
+
+
+def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of these errors."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        code: {
+            "model": Problem,
+            "description": HTTPStatus(code).phrase,
+            "content": {PROBLEM: {"schema": schema}},
+        }
+        for code in codes
+    }
+
+
+def routes(store: Store, live: Live, control: Control, clock: Callable[[], float]) -> APIRouter:
+    """Return all routes of the API except the event stream. `clock` gives UTC seconds since the epoch."""
+    router = APIRouter()
+    _add_fleet(router, store, live)
+    _add_runs(router, store)
+    _add_lists(router, store)
+    _add_control(router, store, live, control, clock)
+
+    @router.get("/healthz", tags=["health"], responses=_problems(500))
+    def healthz() -> Health:
+        """Whether the database answers."""
+        store.check()
+        return Health()
+
+    return router
+
+
+def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
+    # Async, as the live picture belongs to the event loop; what reads the store goes to a thread.
+    @router.get(PREFIX + "/status", tags=["live"])
+    async def status(
+        since: Annotated[int, Query(description="Only agents changed after this version.")] = -1,
+    ) -> Status:
+        """Return the whole picture: run, round, phase, time left, and every agent as last heard."""
+        return live.snapshot(since)
+
+    @router.get(PREFIX + "/fleet", tags=["live"], responses=_problems(422))
+    async def fleet(limit: Limit = 200, after: After = None) -> Page[AgentStatus]:
+        """Return the agents, by name."""
+        agents = [agent for agent in live.snapshot().agents if after is None or agent.agent > after]
+        return _page(agents, limit, lambda agent: agent.agent)
+
+    @router.get(PREFIX + "/fleet/{agent}", tags=["live"], responses=_problems(404, 422))
+    async def one_agent(agent: str) -> AgentView:
+        """Return everything that is known of one agent."""
+        status = live.agent(agent)
+        if status is None:
+            raise HTTPException(404, f"no agent {agent!r} was ever heard of")
+        records = await asyncio.to_thread(store.agents)
+        artifacts = await asyncio.to_thread(lambda: store.artifacts(agent=agent, limit=20))
+        found = next((record for record in records if record.card.agent == agent), None)
+        return AgentView(
+            status=status,
+            card=found and found.card,
+            first_seen=found and found.first_seen,
+            artifacts=artifacts,
+        )
+
+
+def _add_runs(router: APIRouter, store: Store) -> None:
+    @router.get(PREFIX + "/runs", tags=["runs"], responses=_problems(422))
+    def runs(limit: Limit = 50, after: After = None) -> Page[RunView]:
+        """Return the runs, newest first."""
+        records = store.runs()
+        names = [record.run for record in records]
+        start = names.index(after) + 1 if after in names else 0
+        return _page([RunView.of(record) for record in records[start:]], limit, lambda view: view.run)
+
+    @router.get(PREFIX + "/runs/{run}", tags=["runs"], responses=_problems(404, 422))
+    def one_run(run: str) -> RunView:
+        """Return one run."""
+        return RunView.of(_known(store, run))
+
+    @router.get(PREFIX + "/runs/{run}/rounds", tags=["runs"], responses=_problems(404, 422))
+    def rounds(run: str, limit: Limit = 200, after: Annotated[int, Query(ge=0)] = 0) -> Page[RoundView]:
+        """Return the rounds of a run, with accuracy, joules and bytes over their updates."""
+        _known(store, run)
+        records = store.rounds(run, after=after, limit=limit + 1)
+        updates = [UpdateView.of(u) for record in records[:limit] for u in store.updates(run, record.round)]
+        found = views(records[:limit], updates)
+        return Page[RoundView](items=found, next=str(found[-1].round) if len(records) > limit else None)
+
+    @router.get(PREFIX + "/runs/{run}/rounds/{n}/updates", tags=["runs"], responses=_problems(404, 422))
+    def round_updates(run: str, n: int) -> list[UpdateView]:
+        """Return the updates of one round, by agent."""
+        _known(store, run)
+        if store.round_record(run, n) is None:
+            raise HTTPException(404, f"run {run!r} has no round {n}")
+        return [UpdateView.of(record) for record in store.updates(run, n)]
+
+    @router.get(PREFIX + "/runs/{run}/updates", tags=["runs"], responses=_problems(400, 404, 422))
+    def updates(run: str, limit: Limit = 200, after: After = None) -> Page[UpdateView]:
+        """Return the updates of a run by round and agent; `after` is written round/agent."""
+        _known(store, run)
+        records = store.history(run, after=_key(after), limit=limit + 1)
+        return _page([UpdateView.of(record) for record in records], limit, lambda u: f"{u.round}/{u.agent}")
+
+
+def _add_lists(router: APIRouter, store: Store) -> None:
+    @router.get(PREFIX + "/artifacts", tags=["artifacts"], responses=_problems(422))
+    def artifacts(
+        run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
+    ) -> Page[Manifest]:
+        """Return what agents said about the models they serve, newest first."""
+        found = store.artifacts(run, after=after, limit=limit + 1)
+        return Page[Manifest](items=found[:limit], next=str(after + limit) if len(found) > limit else None)
+
+    @router.get(PREFIX + "/refusals", tags=["runs"], responses=_problems(422))
+    def refusals(
+        run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
+    ) -> Page[RefusalView]:
+        """Return refusals, oldest first."""
+        found = [RefusalView.of(r) for r in store.refusals(run, after_id=after, limit=limit + 1)]
+        return _page(found, limit, lambda refusal: str(refusal.id))
+
+
+def _add_control(
+    router: APIRouter, store: Store, live: Live, control: Control, clock: Callable[[], float]
+) -> None:
+    @router.post(PREFIX + "/runs", tags=["control"], status_code=201, responses=_problems(403, 409, 422))
+    async def start(request: StartRun) -> RunView:
+        """Begin a run."""
+        named = request.named(datetime.fromtimestamp(clock(), UTC))
+        if await asyncio.to_thread(store.has_run, named.run):
+            raise HTTPException(409, f"there is a run {named.run!r} already: choose another name")
+        await control.start(named)
+        return RunView.of(await asyncio.to_thread(store.run, named.run))
+
+    @router.post(PREFIX + "/runs/{run}/stop", tags=["control"], responses=_problems(403, 404, 409, 422))
+    async def stop(run: str, request: StopRun) -> RunView:
+        """End the run that is under way; what its closed rounds made stays."""
+        await asyncio.to_thread(_known, store, run)
+        if live.snapshot(live.version).run != run:
+            raise HTTPException(409, f"run {run!r} is not the one under way")
+        await control.stop(request.reason)
+        return RunView.of(await asyncio.to_thread(store.run, run))
+
+
+def _known(store: Store, run: str) -> RunRecord:
+    if not store.has_run(run):
+        raise HTTPException(404, f"there is no run {run!r} in this store")
+    return store.run(run)
+
+
+def _page(items: Sequence[T], limit: int, key: Callable[[T], str]) -> Page[T]:
+    shown = list(items[:limit])
+    return Page(items=shown, next=key(shown[-1]) if len(items) > limit else None)
+
+
+def _key(after: str | None) -> tuple[int, str] | None:
+    if after is None:
+        return None
+    round, slash, agent = after.partition("/")
+    if not slash or not round.isdecimal():
+        raise HTTPException(400, f"after={after!r} is not written round/agent")
+    return int(round), agent
+
+
+def problem(status: int, detail: str, request: Request) -> JSONResponse:
+    """Return an error as RFC 9457 writes it."""
+    told = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, instance=request.url.path)
+    return JSONResponse(told.model_dump(), status, media_type=PROBLEM)
+
+
+def install_problems(app: FastAPI) -> None:
+    """Make every error of `app` a problem; errors of ours keep their words, others do not leak theirs."""
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, StarletteHTTPException)
+        return problem(error.status_code, str(error.detail), request)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        told = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        return problem(422, "; ".join(told), request)
+
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        status = next(
+            (s for kind, s in STATUS_OF if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR
+        )
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem(status, str(error), request)
+
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem(500, "something went wrong here; the coordinator's log has it", request)
+
+    app.add_exception_handler(StarletteHTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HedgerowError, ours)
+    app.add_exception_handler(Exception, bug)

@@ -1,0 +1,91 @@
+"""`python -m edge_agent --config agent.toml`: the program on the device (also `hedgerow agent`)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from edge_agent.agent import OFFLINE, Agent
+from edge_agent.datasets import load as load_data
+from edge_agent.energy.meter import Meter
+from edge_agent.settings import AgentSettings
+from foundation import logs, settings
+from foundation.errors import HedgerowError, SettingsError
+from foundation.lock import hold
+from foundation.mqtt import MqttTransport
+from foundation.profile import DeviceProfile
+from foundation.topics import Topics
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the agent."""
+    result = argparse.ArgumentParser(
+        prog="hedgerow agent",
+        description="Train on this device's own data, and keep a personal model of it.",
+        epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set.",
+    )
+    result.add_argument("--config", type=Path, help="agent.toml")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance mqtt.host=10.0.0.2"
+    )
+    result.add_argument("--print-settings", action="store_true", help="show every setting and its origin")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the agent until it is told to stop; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        loaded, origins = settings.load(
+            AgentSettings, arguments.config, os.environ, arguments.set, prefix="AGENT"
+        )
+        if arguments.print_settings:
+            sys.stdout.write(settings.show(loaded, origins) + "\n")
+            return 0
+        logs.setup(loaded.log_level)
+        with hold(loaded.vault, "vault"):
+            asyncio.run(_run(loaded))
+    except SettingsError as error:
+        sys.stderr.write(f"hedgerow agent: {error}\n")
+        return 2
+    except HedgerowError as error:
+        sys.stderr.write(f"hedgerow agent: {error}\n")
+        return 1
+    return 0
+
+
+async def _run(s: AgentSettings) -> None:
+    profile = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
+    will = (Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode())
+    transport = MqttTransport(s.mqtt, f"{s.federation}-{s.agent}", will=will)
+    data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)
+    with Meter(
+        profile,
+        rate_hz=s.energy.rate_hz,
+        share=s.energy.share,
+        agents_on_host=s.energy.agents_on_host,
+    ) as meter:
+        agent = Agent(
+            s,
+            transport=transport,
+            meter=meter,
+            profile=profile.id,
+            threads=s.threads or profile.agent.threads_of(os.cpu_count() or 1),
+            load_data=partial(load_data, s.data, data_dir, s.vault / "stream"),
+        )
+        task = asyncio.ensure_future(agent.run())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

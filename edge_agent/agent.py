@@ -1,0 +1,513 @@
+"""The life of an agent: connect, introduce itself, take work, answer, again.
+
+Everything with a round in it is idempotent by (run, round): an assignment that comes twice is worked on
+once, an update that the coordinator has not confirmed is sent again, and what was in hand when the
+process died is finished by the next one. torch is loaded with the first assignment and stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from pydantic import ValidationError
+
+from edge_agent.energy.meter import Meter
+from edge_agent.samples import LocalData
+from edge_agent.serving.child import ServingChild
+from edge_agent.settings import AgentSettings
+from edge_agent.vault import Outgoing, Personal, Vault
+from foundation.artifact import Manifest
+from foundation.codec import assignment_from, frame_of
+from foundation.energy import Kind, Stage
+from foundation.errors import (
+    DataError,
+    DeliveryFailed,
+    FrameMismatch,
+    HedgerowError,
+    NotConnected,
+    WorkRefused,
+)
+from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Telemetry, Update
+from foundation.parameters import Array, Parameters, role_of
+from foundation.spec import initial_parameters
+from foundation.topics import Topics, checked_name
+from foundation.transfer import Courier
+from foundation.transport import Transport
+from foundation.work import TERMS, LocalWork
+
+if TYPE_CHECKING:
+    from edge_agent.training import trainer as trainer_module
+
+logger = logging.getLogger(__name__)
+
+TELEMETRY_S = 0.5
+IDLE_TELEMETRY_S = 5.0
+RETRY_S = 30.0
+OFFLINE = Presence(state="offline")
+
+
+@dataclass
+class Standing:
+    """Where the work in hand stands; written by the worker's thread, read by the telemetry."""
+
+    stage: Stage = Stage.IDLE
+    run: str | None = None
+    round: int | None = None
+    fraction: float | None = None
+    eta_s: float | None = None
+    accuracy: float | None = None
+    kept_units: tuple[int, ...] = ()
+    hidden_units: int = 0
+
+
+@dataclass
+class _Hooks:
+    """What the trainer asks of this agent."""
+
+    meter: Meter
+    vault: Vault
+    standing: Standing
+    called_off: threading.Event
+
+    def stage(self, stage: Stage) -> AbstractContextManager[None]:
+        """Open a stage of the meter."""
+        self.standing.stage = stage if stage is not Stage.PRUNE else self.standing.stage
+        return self.meter.stage(stage)
+
+    def progress(self, progress: trainer_module.Progress) -> None:
+        """Note how far the work is."""
+        self.standing.fraction = progress.fraction
+        self.standing.eta_s = progress.eta_s
+        self.standing.kept_units = progress.kept_units
+        self.standing.accuracy = progress.accuracy
+
+    def cancelled(self) -> bool:
+        """Whether the work was called off."""
+        return self.called_off.is_set()
+
+    def save(self, checkpoint: trainer_module.Checkpoint) -> None:
+        """Keep a checkpoint."""
+        self.vault.save_checkpoint(checkpoint.arrays, checkpoint.counters)
+
+    def load(self) -> trainer_module.Checkpoint | None:
+        """Return the checkpoint of the work in hand."""
+        found = self.vault.checkpoint()
+        if found is None:
+            return None
+        checkpoint: trainer_module.Checkpoint = _trainer().Checkpoint(*found)
+        return checkpoint
+
+
+@dataclass
+class _Job:
+    assignment: Assignment
+    frame: bytes
+    wire_bytes: int
+    called_off: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.assignment.run, self.assignment.round
+
+
+class Agent:
+    """One agent over one transport; `run` returns when it is cancelled."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        *,
+        transport: Transport,
+        meter: Meter,
+        profile: str,
+        threads: int,
+        load_data: Callable[[], LocalData],
+    ) -> None:
+        self.name = checked_name(settings.agent, "agent")
+        self.settings, self.transport, self.meter = settings, transport, meter
+        self.profile, self.threads = profile, threads
+        self.topics = Topics(settings.federation)
+        self.vault = Vault(settings.vault, self.name)
+        self.standing = Standing()
+        self._load_data = load_data
+        self._data: LocalData | None = None
+        self._problem: str | None = None
+        self._session = uuid.uuid4().hex[:12]
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._current: _Job | None = None
+        self._outbox = asyncio.Event()
+        self._serving = ServingChild(settings.serve.host, settings.serve.port, self.vault.artifacts)
+        self._courier = Courier(
+            transport,
+            frames=self._topic("assignment"),
+            receipts=self._topic("receipt"),
+            receipt_topic=lambda _: self._topic("received"),
+            handle=self._arrived,
+            part_bytes=settings.mqtt.max_part_bytes,
+        )
+
+    async def run(self) -> None:
+        """Live until cancelled; the presence says offline on every way out."""
+        self.meter.switch(Stage.IDLE)
+        try:
+            async with self.transport, self._courier:
+                try:
+                    await self._live()
+                finally:
+                    await self._publish("presence", OFFLINE.model_dump_json(), retain=True)
+        finally:
+            self._call_off()
+            self._serving.stop()
+
+    async def _live(self) -> None:
+        commands = await self.transport.subscribe(self._topic("command"))
+        await self._look_at_data()
+        self._resume()
+        await self._introduce()
+        async with asyncio.TaskGroup() as tasks:
+            for life in (self._work_on, self._deliver, self._report, self._watch_data):
+                tasks.create_task(life())
+            async for letter in commands:
+                self._command(letter.body)
+
+    # --- introduction --------------------------------------------------------------------------
+
+    async def _introduce(self) -> None:
+        presence = Presence(state="online", session=self._session)
+        await self._publish("card", self.card().model_dump_json(), retain=True)
+        await self._publish("presence", presence.model_dump_json(), retain=True)
+
+    def card(self) -> AgentCard:
+        """Return who this agent is at present."""
+        data = self._data
+        return AgentCard(
+            agent=self.name,
+            version=version("hedgerow"),
+            profile=self.profile,
+            examples=data.examples if data else 0,
+            input=data.input if data else None,
+            shape=data.shape if data else (),
+            labels=data.labels if data else (),
+            terms=TERMS,
+            energy_kind=self.meter.kind,
+            energy_source=self.meter.source,
+            serving=self._serving.address,
+            problem=self._problem,
+        )
+
+    async def _look_at_data(self) -> None:
+        try:
+            self._data = await asyncio.to_thread(self._load_data)
+            self._problem = None
+        except DataError as error:
+            self._data, self._problem = None, f"data: {error}"
+            logger.error("data unusable", extra={"reason": str(error)})
+
+    async def _watch_data(self) -> None:
+        """Look again while the data are unusable: a person may mend them, a stream may fill."""
+        while True:
+            await asyncio.sleep(RETRY_S)
+            if self._data is None:
+                await self._look_at_data()
+                await self._publish("card", self.card().model_dump_json(), retain=True)
+
+    # --- taking work ---------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        frame = self.vault.waiting()
+        if frame is None:
+            return
+        try:
+            job = _Job(assignment_from(frame), frame, 0)
+        except HedgerowError as error:
+            logger.warning("work in hand unreadable, dropped", extra={"reason": str(error)})
+            self.vault.drop(frame)
+            return
+        if any((out.run, out.round) == job.key for out in self.vault.outbox()):
+            self.vault.drop(frame)  # killed between finishing it and putting it down
+            return
+        logger.info("resuming", extra={"run": job.key[0], "round": job.key[1]})
+        self._enqueue(job)
+
+    async def _arrived(self, topic: str, frame: bytes, wire_bytes: int) -> None:
+        """Take an assignment; the coordinator is told `stored` when this returns."""
+        with self.meter.stage(Stage.RECEIVE):
+            assignment = await asyncio.to_thread(assignment_from, frame)
+        if assignment.agent != self.name:
+            raise FrameMismatch(f"an assignment for {assignment.agent!r} came to {self.name!r}")
+        job = _Job(assignment, frame, wire_bytes)
+        if any((out.run, out.round) == job.key for out in self.vault.outbox()):
+            self._outbox.set()  # it is done already: the update is what is missing over there
+            return
+        if self._current is not None and self._current.key == job.key:
+            return
+        await asyncio.to_thread(self.vault.receive, frame)
+        self._call_off()
+        self._enqueue(job)
+
+    def _enqueue(self, job: _Job) -> None:
+        while not self._jobs.empty():
+            self._jobs.get_nowait()  # only the newest counts
+        self._jobs.put_nowait(job)
+
+    def _command(self, body: bytes) -> None:
+        try:
+            command = Command.model_validate_json(body)
+        except ValidationError as error:
+            logger.warning("command not understood", extra={"reason": str(error)})
+            return
+        if self._current is not None and self._current.key == (command.run, command.round):
+            logger.info("work called off", extra={"reason": command.reason})
+            self._call_off()
+
+    def _call_off(self) -> None:
+        if self._current is not None:
+            self._current.called_off.set()
+
+    # --- working -------------------------------------------------------------------------------
+
+    async def _work_on(self) -> None:
+        while True:
+            self.meter.switch(Stage.WAIT)
+            self.standing.stage = Stage.WAIT
+            job = self._current = await self._jobs.get()
+            try:
+                await self._attempt(job)
+            finally:
+                job.called_off.set()  # if this task was cancelled, the worker's thread stops too
+                self._current = None
+
+    async def _attempt(self, job: _Job) -> None:
+        reason = None
+        try:
+            self._accept(job.assignment)
+            await asyncio.to_thread(self._work, job)
+            self._outbox.set()
+        except (WorkRefused, DataError) as error:
+            reason = str(error)
+        except Exception as error:  # the one door of the house: logged and answered
+            if type(error).__name__ == "Cancelled":
+                reason = "called off"
+            else:
+                logger.exception("work failed")
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            self.vault.drop(job.frame)
+            self._courier.forget(self._topic("assignment"))  # offered again, it is looked at again
+            await self._refuse(job.assignment, reason)
+
+    def _accept(self, assignment: Assignment) -> None:
+        if self._problem or self._data is None:
+            raise WorkRefused(self._problem or "no data loaded yet")
+        spec, data = assignment.spec, self._data
+        if (spec.input, spec.shape, spec.classes) != (data.input, data.shape, len(data.labels)):
+            raise WorkRefused(
+                f"this device has {data.input} {data.shape} with {len(data.labels)} classes, the run wants"
+                f" {spec.input} {spec.shape} with {spec.classes}"
+            )
+        if assignment.work.train and not data.examples:
+            raise WorkRefused("this device has no training examples")
+
+    def _work(self, job: _Job) -> None:
+        """Train, keep what is personal, export if asked, and put the update into the outbox."""
+        _lower_priority()
+        a, data = job.assignment, self._data
+        assert data is not None
+        self.vault.take_in_hand(job.frame)
+        self.standing = Standing(run=a.run, round=a.round, hidden_units=a.spec.hidden)
+        with self.meter.stage(Stage.TRAIN):
+            trainer = _trainer()
+            trainer.use_threads(self.threads)
+            personal = self.vault.personal(a.run, before=a.round)
+            own = initial_parameters(a.spec, a.model_seed)
+            own = own.updated(personal.parameters if personal else {})
+        steps = personal.pruning_steps if personal else 0
+        task = trainer.Task(a.spec, a.work, own.updated(a.parameters), a.parameters, data, a.seed, steps)
+        outcome = trainer.carry_out(task, _Hooks(self.meter, self.vault, self.standing, job.called_off))
+        kept = Personal(a.round, outcome.parameters.only(a.work.keep), outcome.pruning_steps)
+        self.vault.save_personal(a.run, kept)
+        artifact, problem = self._exported(a, data, outcome)
+        update = Update(
+            run=a.run,
+            round=a.round,
+            agent=self.name,
+            examples=data.examples,
+            metrics=outcome.metrics,
+            kept_units=outcome.kept_units,
+            ledger=dict(self.meter.take()),
+            received_bytes=job.wire_bytes,
+            artifact=artifact,
+            problem=problem,
+            parameters=to_send(outcome.parameters, a.parameters, a.work),
+            masks=outcome.masks,
+        )
+        self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
+        self.standing.accuracy = outcome.metrics["accuracy"]
+
+    def _exported(
+        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome
+    ) -> tuple[Manifest | None, str | None]:
+        """Export if asked; a failure is told with the update, which is worth sending all the same."""
+        if not a.export:
+            return None, None
+        try:
+            manifest = self._export(a, data, outcome)
+            if self.settings.serve.enabled:
+                self._serving.start()
+        except HedgerowError as error:
+            logger.error("export failed", extra={"round": a.round, "reason": str(error)})
+            return None, f"export: {error}"[:2000]
+        return manifest, None
+
+    def _export(self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome) -> Manifest:
+        from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
+
+        self.standing.stage = Stage.EXPORT
+        spent = self.meter.peek().get(Stage.TRAIN)
+        with self.meter.stage(Stage.EXPORT):
+            manifest = export_artifact(
+                a.spec,
+                outcome.parameters,
+                outcome.masks,
+                data.normalisation,
+                data.labels,
+                outcome.probe,
+                self.vault.artifacts,
+                agent=self.name,
+                run=a.run,
+                round=a.round,
+                strategy=a.strategy,
+                accuracy_sent=outcome.metrics["accuracy_sent"],
+                accuracy=outcome.metrics["accuracy"],
+                train_joules=spent.joules if spent else None,
+                train_joules_kind=spent.kind if spent else Kind.NONE,
+            )
+        return manifest
+
+    async def _refuse(self, assignment: Assignment, reason: str) -> None:
+        logger.warning("refused", extra={"round": assignment.round, "reason": reason})
+        refusal = Refusal(run=assignment.run, round=assignment.round, agent=self.name, reason=reason[:2000])
+        await self._publish("refusal", refusal.model_dump_json())
+
+    # --- answering -----------------------------------------------------------------------------
+
+    async def _deliver(self) -> None:
+        """Send what is in the outbox, oldest first, until the coordinator has stored it."""
+        self._outbox.set()
+        while True:
+            await self._outbox.wait()
+            self._outbox.clear()
+            for outgoing in await asyncio.to_thread(self.vault.outbox):
+                await self._deliver_one(outgoing)
+            if self._serving.address:
+                await self._publish("card", self.card().model_dump_json(), retain=True)
+
+    async def _deliver_one(self, outgoing: Outgoing) -> None:
+        facts = {"run": outgoing.run, "round": outgoing.round}
+        try:
+            with self.meter.stage(Stage.SEND):
+                self.standing.stage = Stage.SEND
+                delivery = await self._courier.send(
+                    self._topic("update"), outgoing.frame, deadline_s=RETRY_S * 4
+                )
+        except DeliveryFailed as error:
+            if not error.refused:  # the coordinator may be away: keep it and try again later
+                logger.warning("update not taken yet", extra=facts | {"reason": str(error)})
+                asyncio.get_running_loop().call_later(1.0, self._outbox.set)
+                return
+            logger.warning("update refused", extra=facts | {"reason": str(error)})
+        else:
+            logger.info("update delivered", extra=facts | {"bytes": delivery.wire_bytes})
+        finally:
+            if self.standing.stage is Stage.SEND:
+                self.standing.stage = Stage.WAIT
+        await asyncio.to_thread(self.vault.delivered, outgoing.run, outgoing.round)
+
+    async def _report(self) -> None:
+        last, process = 0.0, psutil.Process()
+        while True:
+            await asyncio.sleep(TELEMETRY_S)
+            busy = self.standing.stage not in (Stage.WAIT, Stage.IDLE)
+            if not busy and time.monotonic() - last < IDLE_TELEMETRY_S:
+                continue
+            last = time.monotonic()
+            telemetry = self.telemetry(process.memory_info().rss)
+            await self._publish("telemetry", telemetry.model_dump_json(), qos=0)
+
+    def telemetry(self, rss_bytes: int | None = None) -> Telemetry:
+        """Return where this agent stands."""
+        s = self.standing
+        return Telemetry(
+            agent=self.name,
+            stage=s.stage,
+            run=s.run,
+            round=s.round,
+            progress=s.fraction,
+            eta_s=s.eta_s,
+            accuracy=s.accuracy,
+            kept_units=s.kept_units,
+            hidden_units=s.hidden_units,
+            joules=self.meter.joules_total,
+            energy_kind=self.meter.kind,
+            sent_bytes=self._courier.sent_bytes,
+            received_bytes=self._courier.received_bytes,
+            rss_bytes=rss_bytes,
+        )
+
+    def _topic(self, what: str) -> str:
+        return self.topics.of(self.name, what)
+
+    async def _publish(self, what: str, body: str, *, retain: bool = False, qos: int = 1) -> None:
+        try:
+            await self.transport.publish(self._topic(what), body.encode(), retain=retain, qos=qos)
+        except NotConnected as error:
+            # Retained letters are sent again on reconnect; telemetry is out of date by then; a refusal
+            # that is lost is made again when the coordinator offers the work again.
+            logger.warning("not published", extra={"what": what, "reason": str(error)})
+
+
+def to_send(trained: Parameters, sent: Parameters, work: LocalWork) -> Parameters:
+    """Return what the work asks back: values, and changes (sent - trained) for the roles in `change`."""
+    arrays: dict[str, Array] = {}
+    for name, array in trained.only(work.send).items():
+        if role_of(name) in work.change:
+            if name in sent:
+                arrays[name] = largest(sent[name] - array, work.topk)
+        else:
+            arrays[name] = array
+    return Parameters(arrays)
+
+
+def largest(change: Array, share: float) -> Array:
+    """Return the array with all but its `share` of largest magnitudes set to 0."""
+    if share >= 1:
+        return change
+    count = max(1, round(change.size * share))
+    kept = np.argpartition(-np.abs(change), count - 1, axis=None)[:count]
+    result = np.zeros_like(change)
+    result.flat[kept] = change.flat[kept]
+    return result
+
+
+def _trainer() -> Any:
+    """Return the trainer's module, imported by name: the agent's one door to torch."""
+    return importlib.import_module("edge_agent.training.trainer")
+
+
+def _lower_priority() -> None:
+    """Let everything else on the device go first; on Linux niceness belongs to the thread."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,0 +1,191 @@
+"""The sensor of last resort: how busy the processor is, in the profile's power model.
+
+It also holds the share of one process: agents that share a machine (a demo) must not each be charged
+all of its joules.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Self
+
+import psutil
+
+from edge_agent.energy.sensor import EnergySensor
+from foundation.energy import Kind, Scope
+from foundation.profile import DeviceProfile, PowerModel
+
+_WINDOW_S = 0.05
+"""Shortest time to take a utilisation over: the kernel counts CPU time in steps of 10 ms."""
+
+Seconds = Callable[[], float | None]
+"""Cumulative CPU seconds; `None` for an error."""
+
+
+class Utilisation:
+    """Joules from CPU time: p_idle + (p_full - p_idle) * u ** exponent, u over the time since the last read.
+
+    CPU time is a counter, so no sample is missed between two reads, however far apart they are.
+    """
+
+    name: ClassVar[str] = "utilisation"
+
+    def __init__(self, model: PowerModel, *, busy: Seconds | None = None, cores: int | None = None) -> None:
+        self.kind = Kind.MODELLED
+        self.scope: Scope = model.scope
+        self.cumulative = True
+        self.idle_w: float | None = model.idle_w
+        self.u_rel: float | None = model.relative_gross
+        self.flags: tuple[str, ...] = ("placeholder_model",) if model.basis == "placeholder" else ()
+        self.breaks = 0
+        self._model = model
+        self._busy = busy or machine_busy_seconds
+        self._cores = cores or psutil.cpu_count() or 1
+        self._sum_j = 0.0
+        self._joules = 0.0
+        self._base: tuple[float, float] | None = None
+
+    @classmethod
+    def probe(cls, profile: DeviceProfile, root: Path) -> Self | None:
+        """Return the sensor if the profile has a power model; it reads the running system, not `root`."""
+        return cls(profile.model) if profile.model else None
+
+    def joules(self, now_s: float) -> float | None:
+        """Return modelled joules since the first call; `None` if the CPU times cannot be read."""
+        busy = self._busy()
+        if busy is None:
+            return None
+        if self._base is None:
+            self._base = now_s, busy
+        then_s, before = self._base
+        seconds = now_s - then_s
+        if seconds > 0:
+            watts = self._model.watts((busy - before) / (self._cores * seconds))
+            self._joules = max(self._joules, self._sum_j + watts * seconds)
+        if seconds >= _WINDOW_S:
+            self._base = now_s, busy
+            self._sum_j = self._joules
+        return self._joules
+
+
+class ProcessShare:
+    """Another sensor's joules, but only this process tree's part of them.
+
+    The idle power is divided by the number of agents on the machine; what is above idle belongs to a
+    process as its share of the busy CPU time. That is a model, so a measured sensor becomes mixed.
+    """
+
+    def __init__(
+        self,
+        sensor: EnergySensor,
+        agents_on_host: int,
+        *,
+        busy: Seconds | None = None,
+        own: Seconds | None = None,
+        u_rel: float | None = None,
+    ) -> None:
+        """Wrap `sensor`; `u_rel` is the error bar to state instead of the sensor's own."""
+        self.kind: Kind = Kind.MIXED if sensor.kind is Kind.MEASURED else sensor.kind
+        self.scope: Scope = sensor.scope
+        self.cumulative = sensor.cumulative
+        self.idle_w: float | None = None if sensor.idle_w is None else sensor.idle_w / agents_on_host
+        self.u_rel: float | None = sensor.u_rel if u_rel is None else u_rel
+        self.flags: tuple[str, ...] = (*sensor.flags, "process_share")
+        self.name = sensor.name
+        self._sensor = sensor
+        self._agents = agents_on_host
+        self._busy = busy or machine_busy_seconds
+        self._own = own or ProcessTree().seconds
+        self._sum_j = 0.0
+        self._joules = 0.0
+        self._base: tuple[float, float, float, float] | None = None
+
+    @property
+    def breaks(self) -> int:
+        """As many as the sensor's own."""
+        return self._sensor.breaks
+
+    @classmethod
+    def probe(cls, profile: DeviceProfile, root: Path) -> Self | None:
+        """Return `None`: this is no sensor of a profile, the meter puts it around one."""
+        return None
+
+    def joules(self, now_s: float) -> float | None:
+        """Return this process tree's joules; `None` if the sensor, idle power or a CPU time is unknown."""
+        total, busy, own = self._sensor.joules(now_s), self._busy(), self._own()
+        if total is None or busy is None or own is None or self._sensor.idle_w is None:
+            return None
+        if self._base is None:
+            self._base = now_s, total, busy, own
+        then_s, total_before, busy_before, own_before = self._base
+        seconds = now_s - then_s
+        if seconds > 0:
+            idle = self._sensor.idle_w * seconds
+            above = max(0.0, total - total_before - idle)
+            charged = idle / self._agents + above * _share(own - own_before, busy - busy_before)
+            self._joules = max(self._joules, self._sum_j + charged)
+        if seconds >= _WINDOW_S:
+            self._base = now_s, total, busy, own
+            self._sum_j = self._joules
+        return self._joules
+
+
+class ProcessTree:
+    """CPU seconds of this process, its threads and its children, cheap enough to ask at every sample."""
+
+    def __init__(self, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look for new children every `every_s` seconds only: that costs more than a whole sample."""
+        self._every_s = every_s
+        self._clock = clock
+        self._process = psutil.Process()
+        self._children: list[psutil.Process] = []
+        self._looked_s: float | None = None
+        self._most = 0.0
+
+    def seconds(self) -> float | None:
+        """Return CPU seconds, never falling; a child that ended is counted by its parent from then on."""
+        now = self._clock()
+        if self._looked_s is None or now - self._looked_s >= self._every_s:
+            self._looked_s = now
+            self._children = _children(self._process)
+        ended = os.times()
+        used = time.process_time() + ended.children_user + ended.children_system
+        used += sum(map(_cpu_seconds, self._children))
+        self._most = max(self._most, used)
+        return self._most
+
+
+def machine_busy_seconds() -> float | None:
+    """Return CPU seconds all cores spent working: not idle, not waiting for disks, not stolen by a host."""
+    try:
+        times = psutil.cpu_times()
+    except (OSError, psutil.Error, ValueError):
+        return None
+    # guest time is part of user time already
+    return float(sum(getattr(times, k, 0.0) for k in ("user", "nice", "system", "irq", "softirq")))
+
+
+def _share(own: float, busy: float) -> float:
+    # The kernel's busy time steps by 10 ms, a process's own does not: own can seem to be more than all.
+    return max(0.0, own) / max(own, busy) if max(own, busy) > 0 else 0.0
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except (OSError, psutil.Error):
+        return []
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except (OSError, psutil.Error):  # it ended: its parent's reaped time has it
+        return 0.0
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+SENSOR = Utilisation

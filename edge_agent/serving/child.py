@@ -1,0 +1,74 @@
+"""Starts `python -m edge_agent.serving` beside the agent: a process of its own, without torch."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from socket import create_server
+from time import monotonic, sleep
+
+from foundation.errors import HedgerowError
+
+logger = logging.getLogger(__name__)
+
+START_S = 20.0
+
+
+class ServingChild:
+    """The serving process of one agent; started once, it follows `artifacts/current` by itself."""
+
+    def __init__(self, host: str, port: int, artifacts: Path) -> None:
+        self._host, self._port, self._artifacts = host, port, artifacts
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str | None:
+        """Where it answers, while it runs."""
+        if self._process is None or self._process.poll() is not None:
+            return None
+        return f"http://{self._host}:{self._port}"
+
+    def start(self) -> str:
+        """Start it if it does not run; returns its address, raises `HedgerowError` if it does not answer."""
+        if self.address:
+            return self.address
+        if self._port == 0:
+            with create_server((self._host, 0)) as probe:
+                self._port = probe.getsockname()[1]
+        log = self._artifacts.parent / "serving.log"
+        command = [sys.executable, "-m", "edge_agent.serving", str(self._artifacts)]
+        command += ["--host", self._host, "--port", str(self._port)]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=file)
+        deadline = monotonic() + START_S
+        while monotonic() < deadline and self._process.poll() is None:
+            if self._ready():
+                logger.info("serving", extra={"address": self.address})
+                return f"http://{self._host}:{self._port}"
+            sleep(0.05)
+        self.stop()
+        raise HedgerowError(f"serving did not start; its log is {log}")
+
+    def _ready(self) -> bool:
+        try:
+            url = f"http://{self._host}:{self._port}/v2/health/ready"
+            with urllib.request.urlopen(url, timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False  # not listening yet: asked again until the deadline
+
+    def stop(self) -> None:
+        """Stop it, kindly, then firmly."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,222 @@
+"""What stays on the device: identity, personal parameters, the work in hand, the outbox, artifacts.
+
+    vault/
+      identity.json                       who this is
+      personal/<run>/<round>.safetensors  own parameters after that round (two rounds kept)
+      work/next.frame                     an assignment that has arrived and was not begun
+      work/assignment.frame               the assignment in hand
+      work/checkpoint.safetensors         where its training stands (after every epoch)
+      outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet
+      artifacts/                          personal models (see export/package.py)
+
+Every file is written beside its place, synced and renamed, so a power cut leaves the old or the new one.
+A round is done the moment its update is in the outbox: before that, a restart repeats the round from the
+personal parameters of the round before it, and comes to the same end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from foundation.errors import SettingsError
+from foundation.parameters import Array, Parameters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """A device's own parameters after a round."""
+
+    round: int
+    parameters: Parameters
+    pruning_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """An update on its way."""
+
+    run: str
+    round: int
+    frame: bytes
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename, sync the folder: after a power cut the old or the new file is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Vault:
+    """The folder of one agent; one process at a time."""
+
+    def __init__(self, folder: Path, agent: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.rglob(".*.tmp"):
+            torn.unlink()
+        self._identify(agent)
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder of exported models."""
+        return self.folder / "artifacts"
+
+    def _identify(self, agent: str) -> None:
+        path = self.folder / "identity.json"
+        if not path.exists():
+            identity = {"agent": agent, "id": uuid.uuid4().hex}
+            write_atomic(path, json.dumps(identity).encode())
+        found = json.loads(path.read_text())["agent"]
+        if found != agent:
+            raise SettingsError(
+                f"the vault {self.folder} belongs to agent {found!r}, not to {agent!r}: give this agent"
+                " a vault of its own, or its old name back"
+            )
+
+    # --- personal parameters -------------------------------------------------------------------
+
+    def save_personal(self, run: str, personal: Personal) -> None:
+        """Keep a device's own parameters after a round; the round before it is kept too."""
+        meta = {"round": personal.round, "pruning_steps": personal.pruning_steps}
+        self._save(self._personal(run, personal.round), personal.parameters, meta)
+        for old in sorted(self._rounds(run))[:-2]:
+            self._personal(run, old).unlink()
+
+    def personal(self, run: str, before: int) -> Personal | None:
+        """Return the newest own parameters of a round under `before`; a corrupt file is passed over."""
+        for number in sorted((r for r in self._rounds(run) if r < before), reverse=True):
+            loaded = self._load(self._personal(run, number))
+            if loaded is not None:
+                parameters, meta = loaded
+                return Personal(int(meta["round"]), parameters, int(meta["pruning_steps"]))
+        return None
+
+    def _personal(self, run: str, number: int) -> Path:
+        return self.folder / "personal" / run / f"{number:06d}.safetensors"
+
+    def _rounds(self, run: str) -> list[int]:
+        folder = self.folder / "personal" / run
+        return [int(path.stem) for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+
+    # --- the work in hand ----------------------------------------------------------------------
+
+    def receive(self, frame: bytes) -> None:
+        """Write down an assignment that has arrived; it takes the place of one that was not begun."""
+        write_atomic(self._next, frame)
+
+    def take_in_hand(self, frame: bytes) -> None:
+        """Begin an assignment; an older one's checkpoint goes."""
+        if not self._in_hand.exists() or self._in_hand.read_bytes() != frame:
+            self._checkpoint.unlink(missing_ok=True)
+            write_atomic(self._in_hand, frame)
+        if self._next.exists() and self._next.read_bytes() == frame:
+            self._next.unlink()
+
+    def waiting(self) -> bytes | None:
+        """Return the assignment to go on with: the newest that arrived, or the one that was begun."""
+        path = self._next if self._next.exists() else self._in_hand
+        return path.read_bytes() if path.exists() else None
+
+    def put_down(self) -> None:
+        """Forget the assignment in hand: it is done, or was called off."""
+        self._in_hand.unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def drop(self, frame: bytes) -> None:
+        """Forget an assignment that will not be done, begun or not."""
+        for path in (self._next, self._in_hand):
+            if path.exists() and path.read_bytes() == frame:
+                path.unlink()
+        if not self._in_hand.exists():
+            self._checkpoint.unlink(missing_ok=True)
+
+    @property
+    def _next(self) -> Path:
+        return self.folder / "work" / "next.frame"
+
+    @property
+    def _in_hand(self) -> Path:
+        return self.folder / "work" / "assignment.frame"
+
+    def save_checkpoint(self, arrays: Mapping[str, Array], counters: Mapping[str, float]) -> None:
+        """Keep where the training of the work in hand stands."""
+        self._save(self._checkpoint, arrays, dict(counters))
+
+    def checkpoint(self) -> tuple[Parameters, dict[str, float]] | None:
+        """Return where the training of the work in hand stands."""
+        loaded = self._load(self._checkpoint) if self._checkpoint.exists() else None
+        return None if loaded is None else (loaded[0], {k: float(v) for k, v in loaded[1].items()})
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "work" / "checkpoint.safetensors"
+
+    # --- the outbox ----------------------------------------------------------------------------
+
+    def finish(self, outgoing: Outgoing) -> None:
+        """Put an update into the outbox, which makes its round done, and put the work down."""
+        write_atomic(self._outgoing(outgoing.run, outgoing.round), outgoing.frame)
+        self.put_down()
+
+    def outbox(self) -> list[Outgoing]:
+        """Return what the coordinator has not confirmed, oldest first."""
+        folder = self.folder / "outbox"
+        paths = sorted(folder.glob("*~*.frame"), key=lambda p: p.stat().st_mtime_ns)
+        result = []
+        for path in paths:
+            run, _, number = path.stem.rpartition("~")
+            result.append(Outgoing(run, int(number), path.read_bytes()))
+        return result
+
+    def delivered(self, run: str, number: int) -> None:
+        """Take a confirmed update out of the outbox."""
+        self._outgoing(run, number).unlink(missing_ok=True)
+
+    def _outgoing(self, run: str, number: int) -> Path:
+        return self.folder / "outbox" / f"{run}~{number:06d}.frame"
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def _save(self, path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        order = json.dumps([*contiguous])
+        data = save_arrays(contiguous, {"meta": json.dumps(dict(meta)), "order": order})
+        write_atomic(path, data)
+
+    def _load(self, path: Path) -> tuple[Parameters, dict[str, Any]] | None:
+        try:
+            data = path.read_bytes()
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + length])["__metadata__"]
+            arrays = load_arrays(data)
+            ordered = Parameters((name, arrays[name]) for name in json.loads(header["order"]))
+            return ordered, json.loads(header["meta"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning(
+                "vault file unreadable, passed over", extra={"file": path.name, "error": str(error)}
+            )
+            return None

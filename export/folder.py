@@ -1,0 +1,215 @@
+"""Artifacts on disk: written so that a kill at any instant leaves a valid one, read without trust.
+
+    artifacts/
+      current   -> <sha256>        what is served; a link, replaced atomically
+      previous  -> <sha256>        the last good one, to fall back to
+      <sha256>/                    named after the bytes of model.onnx
+        model.onnx  manifest.json  probe.npz
+
+An artifact is written to a hidden folder, flushed to the disk, and renamed into place; only then does
+`current` move. Neither onnx nor onnxruntime is needed here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from export import metadata
+from foundation.artifact import Manifest, Probe
+from foundation.errors import ExportError
+from foundation.parameters import Array
+
+MODEL, MANIFEST, PROBE = "model.onnx", "manifest.json", "probe.npz"
+CURRENT, PREVIOUS = "current", "previous"
+
+# Bounds for reading: far above any model of this family, far below a board's memory.
+LARGEST_FILE_BYTES: Mapping[str, int] = {MODEL: 256 << 20, MANIFEST: 8 << 20, PROBE: 64 << 20}
+
+_INCOMING = ".incoming-"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def probe_bytes(probe: Probe) -> bytes:
+    """Return a probe as an npz file: `inputs` and `logits`, the same bytes for the same values."""
+    buffer = io.BytesIO()
+    np.savez(buffer, inputs=np.asarray(probe.inputs), logits=np.asarray(probe.logits, np.float32))
+    return buffer.getvalue()
+
+
+def publish(root: Path, manifest: Manifest, model: bytes, probe: bytes) -> Path:
+    """Write an artifact below `root`, make it current, and return its folder.
+
+    What was current stays as `previous`; older ones are removed, and so is what a killed writer left
+    behind. Writers exclude each other by a lock; readers need none. Raises `ExportError` when the disk
+    refuses, and then `current` is what it was.
+    """
+    files = {MODEL: model, MANIFEST: manifest.model_dump_json(indent=1).encode(), PROBE: probe}
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _only_writer(root):
+            _sweep(root)
+            target = root / manifest.sha256
+            _place(root, target, files)
+            _point(root, target.name)
+            _sweep(root)
+    except OSError as error:
+        raise ExportError(f"the artifact could not be written below {root}: {error}") from error
+    return target
+
+
+def resolve(folder: Path, link: str = CURRENT) -> Path:
+    """Return the folder of the artifact that a link names, or `folder` itself where it is an artifact.
+
+    Raises `ExportError` when there is neither.
+    """
+    if (folder / link).is_symlink():
+        return (folder / link).resolve()
+    if (folder / MANIFEST).is_file():
+        return folder.resolve()
+    raise ExportError(f"there is no artifact in {folder}: neither {link} nor {MANIFEST}")
+
+
+def load_artifact(folder: Path) -> tuple[Manifest, bytes, Probe]:
+    """Read one artifact's folder and return what was hashed: manifest, model bytes and probe.
+
+    Raises `ExportError` when a file is missing, too large or unreadable, when model.onnx is not the file
+    that the manifest names, when the manifest says other things than the model itself, or when probe.npz
+    is not the probe that the model was proven with. The answers are proven by `export.proof.prove`.
+    """
+    try:
+        manifest = Manifest.model_validate_json(_read(folder, MANIFEST))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ExportError(
+            f"{folder / MANIFEST} is not a manifest: {problem['loc']}: {problem['msg']}"
+        ) from error
+    model, probe = _read(folder, MODEL), _read(folder, PROBE)
+    _check_hashes(folder, manifest, model, probe)
+    return manifest, model, _parse_probe(folder, manifest, probe)
+
+
+def _check_hashes(folder: Path, manifest: Manifest, model: bytes, probe: bytes) -> None:
+    digest = hashlib.sha256(model).hexdigest()
+    if digest != manifest.sha256:
+        raise ExportError(
+            f"{folder / MODEL} is not the model of its manifest: "
+            f"sha256 {digest[:12]}… of {len(model)} bytes, not {manifest.sha256[:12]}… of {manifest.bytes}"
+        )
+    if _SHA256.fullmatch(folder.name) and folder.name != digest:
+        raise ExportError(f"the folder {folder} is named after another model than {digest[:12]}…")
+    stored = metadata.read(model)
+    if different := metadata.disagreements(manifest, stored):
+        raise ExportError(f"{folder / MANIFEST} and the model disagree about {', '.join(different)}")
+    if hashlib.sha256(probe).hexdigest() != stored.get(metadata.PROBE_SHA256):
+        raise ExportError(f"{folder / PROBE} is not the probe that this model was proven with")
+
+
+def _parse_probe(folder: Path, manifest: Manifest, content: bytes) -> Probe:
+    # The hash has vouched for these bytes, so what fails here was written wrongly.
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            inputs, logits = arrays["inputs"], arrays["logits"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ExportError(f"{folder / PROBE} is not a probe: {error}") from error
+    if inputs.shape[1:] != manifest.shape and manifest.input != "text":
+        raise ExportError(f"{folder / PROBE} has samples of shape {inputs.shape[1:]}, not {manifest.shape}")
+    return Probe(_frozen(inputs), _frozen(logits))
+
+
+def _frozen(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
+
+
+def _read(folder: Path, name: str) -> bytes:
+    limit = LARGEST_FILE_BYTES[name]
+    try:
+        with (folder / name).open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ExportError(f"{folder / name} cannot be read: {error}") from error
+    if len(content) > limit:
+        raise ExportError(f"{folder / name} is larger than {limit} bytes")
+    return content
+
+
+@contextmanager
+def _only_writer(root: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel frees it when its owner dies, however it dies."""
+    with (root / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _place(root: Path, target: Path, files: Mapping[str, bytes]) -> None:
+    incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=root))
+    incoming.chmod(0o755)
+    for name, content in files.items():
+        _write(incoming / name, content)
+    _flush(incoming)
+    if target.is_dir():
+        # The same model again, perhaps measured anew: each file is whole before it takes its place.
+        for name in files:
+            (incoming / name).replace(target / name)
+        _flush(target)
+    else:
+        incoming.rename(target)
+    _flush(root)
+
+
+def _point(root: Path, name: str) -> None:
+    """Make `name` current, and what was current the previous one."""
+    before = _linked(root / CURRENT)
+    if before == name:
+        return
+    if before is not None:
+        _link(root, PREVIOUS, before)
+    _link(root, CURRENT, name)
+    _flush(root)
+
+
+def _link(root: Path, link: str, name: str) -> None:
+    fresh = root / f"{_INCOMING}{link}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name)
+    fresh.replace(root / link)
+
+
+def _linked(link: Path) -> str | None:
+    return str(link.readlink()) if link.is_symlink() else None
+
+
+def _sweep(root: Path) -> None:
+    """Remove artifacts that no link names, and what a killed writer left behind."""
+    kept = {_linked(root / CURRENT), _linked(root / PREVIOUS)}
+    for path in root.iterdir():
+        if path.name.startswith(_INCOMING) or (_SHA256.fullmatch(path.name) and path.name not in kept):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Ask the disk to remember a folder's names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

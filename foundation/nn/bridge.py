@@ -1,0 +1,41 @@
+"""Parameters to module and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from foundation.nn.transformer import Transformer
+from foundation.parameters import Array, Parameters
+from foundation.spec import ModelSpec
+
+
+def to_module(spec: ModelSpec, parameters: Parameters) -> Transformer:
+    """Build the module that `parameters` describe; FFL widths are read from the arrays.
+
+    Thresholds are not part of the module and are passed over. Raises `KeyError` or `RuntimeError` when
+    arrays are missing or have other shapes than the spec's.
+    """
+    widths = [parameters[f"blocks.{i}.ffl.up.weight"].shape[0] for i in range(spec.depth)]
+    with torch.device("meta"):
+        model = Transformer(spec, widths)
+    weights = {name: tensor_of(parameters[name]) for name, _ in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
+
+
+def to_parameters(model: Transformer) -> Parameters:
+    """Return copies of the module's parameters as float32 arrays."""
+    return Parameters((name, array_of(p)) for name, p in model.named_parameters())
+
+
+def tensor_of(array: Array) -> torch.Tensor:
+    """Return a copy of an array as a contiguous float32 tensor."""
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """Return a copy of a tensor as a float32 array."""
+    return tensor.detach().to(torch.float32).cpu().numpy().copy()

@@ -1,0 +1,298 @@
+"""What type of device this is, what an agent may use of it, and how its energy is known.
+
+A profile is one TOML file in `firmware_profiles/` (its README.md is the schema), or a file of the user's own.
+Every number in it says where it is from; what nobody knows is `unknown`, never 0.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from foundation.energy import Scope
+from foundation.errors import SettingsError
+from foundation.frozen import Frozen
+
+UNKNOWN = "unknown-linux"
+"""The profile of a machine that nobody recognised: no power model, so no joules."""
+
+_VIRTUAL = re.compile(
+    r"qemu|kvm|bochs|virtualbox|innotek|vmware|xen|parallels|virtual machine|amazon ec2|google compute engine"
+    r"|openstack|cloud hypervisor|firecracker|bhyve",
+    re.IGNORECASE,
+)
+
+
+class Number(Frozen):
+    """A figure with how it is known (`kind`), where the meter sat (`scope`) and who says so (`src`)."""
+
+    v: float | tuple[float, ...] | tuple[str, ...] | None = None
+    range: tuple[float, float] | None = None
+    kind: Literal["measured", "datasheet", "derived", "modelled", "unknown"]
+    scope: Scope | None = None
+    src: str | None = None
+    note: str = ""
+    verified: bool = True
+
+    @model_validator(mode="after")
+    def _whole(self) -> Number:
+        if self.kind == "unknown":
+            if self.v is not None or self.range is not None:
+                raise ValueError("an unknown number has neither v nor range")
+            return self
+        if self.v is None or self.src is None:
+            raise ValueError(f"a {self.kind} number needs v and src")
+        if self.range is not None:
+            low, high = self.range
+            if not isinstance(self.v, float) or not low <= self.v <= high:
+                raise ValueError(f"v must lie in range [{low}, {high}]")
+        return self
+
+
+class PowerModel(Frozen):
+    """Watts of a device from how busy its processor is: p_idle + (p_full - p_idle) * u ** exponent."""
+
+    scope: Scope
+    basis: Literal["published", "derived", "placeholder", "calibrated"]
+    p_idle_w: Number
+    p_cpu_full_w: Number
+    exponent: float = Field(1.0, ge=0.3, le=1.5)
+    u_rel_gross: Number
+    """Error bar of all joules, relative, k = 2."""
+    u_rel_net: Number
+    """Error bar of the joules above idle, relative, k = 2."""
+
+    @field_validator("p_idle_w", "p_cpu_full_w", "u_rel_gross", "u_rel_net")
+    @classmethod
+    def _single(cls, number: Number) -> Number:
+        if not isinstance(number.v, float) or number.v < 0:
+            raise ValueError("must be one known number, not below 0; without it leave [model] out")
+        return number
+
+    @model_validator(mode="after")
+    def _rises(self) -> PowerModel:
+        if self.full_w < self.idle_w:
+            raise ValueError("p_cpu_full_w is below p_idle_w")
+        for number in (self.p_idle_w, self.p_cpu_full_w):
+            if number.scope not in (None, self.scope):
+                raise ValueError(f"the model is at {self.scope}, a number of it at {number.scope}")
+        return self
+
+    @property
+    def idle_w(self) -> float:
+        """Watts when nothing runs."""
+        return _single(self.p_idle_w)
+
+    @property
+    def full_w(self) -> float:
+        """Watts when all cores are busy."""
+        return _single(self.p_cpu_full_w)
+
+    def watts(self, utilisation: float) -> float:
+        """Return watts at a busy share of all cores; shares outside 0..1 are taken as 0 or 1."""
+        u = min(1.0, max(0.0, utilisation))
+        return self.idle_w + (self.full_w - self.idle_w) * float(u**self.exponent)
+
+    @property
+    def relative_gross(self) -> float:
+        """`u_rel_gross` as a plain number."""
+        return _single(self.u_rel_gross)
+
+    @property
+    def relative_net(self) -> float:
+        """`u_rel_net` as a plain number."""
+        return _single(self.u_rel_net)
+
+
+class Match(Frozen):
+    """How a device is recognised; an empty match is never chosen by detection."""
+
+    dt_model: tuple[str, ...] = ()
+    """Regular expressions, searched in the device tree's model."""
+    arch: tuple[str, ...] = ()
+    has_battery: bool | None = None
+
+    @field_validator("dt_model")
+    @classmethod
+    def _expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return patterns
+
+
+class AgentDefaults(Frozen):
+    """What an agent on this device does unless its settings say otherwise; choices, not measurements."""
+
+    threads: int | None = Field(None, ge=1)
+    memory_mib: int | None = Field(None, ge=64)
+    density_floor: float = Field(0.1, gt=0, le=1)
+    """Smallest share of FFL units that pruning should leave."""
+    int8: bool = False
+
+    def threads_of(self, cores: int) -> int:
+        """Return how many of `cores` threads training may use: as the profile says, or all but one."""
+        return max(1, min(self.threads or cores - 1, cores))
+
+
+class SensorEntry(Frozen):
+    """One energy sensor of the device; `name` is the file in `edge_agent/energy/` that reads it."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    scope: Scope | None = None
+    numbers: dict[str, Number] = Field(default_factory=dict)
+    paths: tuple[str, ...] = ()
+    labels: dict[str, str] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Source(Frozen):
+    """Where numbers are from."""
+
+    id: str
+    text: str = Field(min_length=1)
+
+
+class DeviceProfile(Frozen):
+    """One type of device. `sensor` and `source` are named as their tables in the file."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: str
+    match: Match = Match()
+    agent: AgentDefaults = AgentDefaults()
+    hardware: dict[str, Number | str] = Field(default_factory=dict)
+    power: dict[str, Number] = Field(default_factory=dict)
+    model: PowerModel | None = None
+    thermal: dict[str, Number] = Field(default_factory=dict)
+    net: dict[str, dict[str, Number]] = Field(default_factory=dict)
+    sensor: tuple[SensorEntry, ...] = ()
+    source: tuple[Source, ...] = ()
+
+    @model_validator(mode="after")
+    def _sourced(self) -> DeviceProfile:
+        known = {source.id for source in self.source}
+        for key, number in self.numbers():
+            if number.src is not None and number.src not in known:
+                raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+        return self
+
+    def numbers(self) -> Iterator[tuple[str, Number]]:
+        """Yield every number of the profile with its dotted key."""
+        tables: dict[str, dict[str, Any]] = {
+            "hardware": dict(self.hardware),
+            "power": dict(self.power),
+            "model": dict(self.model) if self.model else {},
+            "thermal": dict(self.thermal),
+            **{f"net.{link}": dict(numbers) for link, numbers in self.net.items()},
+            **{f"sensor.{entry.name}": dict(entry.numbers) for entry in self.sensor},
+        }
+        for table, items in tables.items():
+            for key, value in items.items():
+                if isinstance(value, Number):
+                    yield f"{table}.{key}", value
+
+    @classmethod
+    def load(cls, which: str | Path) -> DeviceProfile:
+        """Read a profile by its id, or from a path (a `Path`, or text that ends in .toml or holds a slash).
+
+        Raises `SettingsError` that names the file and the key, or the ids there are.
+        """
+        if isinstance(which, Path) or which.endswith(".toml") or "/" in which:
+            path = Path(which)
+            try:
+                return _parse(path.read_bytes(), str(path))
+            except OSError as error:
+                raise SettingsError(f"the device profile {path} cannot be read: {error.strerror}") from error
+        ids = available()
+        if which not in ids:
+            raise SettingsError(
+                f"there is no device profile {which!r} in firmware_profiles; there are {', '.join(ids)};"
+                " or give the path of a .toml file"
+            )
+        file = resources.files("firmware_profiles") / f"{which}.toml"
+        return _parse(file.read_bytes(), f"firmware_profiles/{which}.toml")
+
+    @classmethod
+    def detect(cls, root: Path = Path("/")) -> DeviceProfile:
+        """Recognise the device from its file system; a virtual or unlisted machine is `unknown-linux`.
+
+        Boards are recognised by the device tree, bare x86 machines by what is left. A virtual machine
+        has no power of its own that could be modelled.
+        """
+        profiles = [cls.load(name) for name in available()]
+        board = _board(root)
+        for profile in profiles:
+            if any(re.search(pattern, board) for pattern in profile.match.dt_model):
+                return profile
+        if not board and not _is_virtual(root):
+            arch, battery = _arch(root), _has_battery(root)
+            for profile in profiles:
+                if arch in profile.match.arch and profile.match.has_battery in (None, battery):
+                    return profile
+        return cls.load(UNKNOWN)
+
+
+def available() -> tuple[str, ...]:
+    """Return the ids of the profiles that ship with Hedgerow, sorted."""
+    names = (entry.name for entry in resources.files("firmware_profiles").iterdir())
+    return tuple(sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml") and n[0] != "_"))
+
+
+def _parse(data: bytes, file: str) -> DeviceProfile:
+    try:
+        return DeviceProfile.model_validate(tomllib.loads(data.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the device profile {file} is not TOML: {error}") from error
+    except ValidationError as error:
+        # A number may be text or table: pydantic then reports both, and names the branch in the key.
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
+        )
+        raise SettingsError(f"the device profile {file} is wrong: {problems}") from error
+
+
+def _single(number: Number) -> float:
+    # PowerModel's validator let only single known numbers in.
+    assert isinstance(number.v, float)
+    return number.v
+
+
+def _text(path: Path) -> str:
+    """Return a system file's text without NUL and blanks at its ends; empty where it cannot be read."""
+    try:
+        return path.read_bytes().decode(errors="replace").strip("\0 \n")
+    except OSError:
+        return ""
+
+
+def _board(root: Path) -> str:
+    places = ("proc/device-tree/model", "sys/firmware/devicetree/base/model")
+    return next((text for place in places if (text := _text(root / place))), "")
+
+
+def _is_virtual(root: Path) -> bool:
+    dmi = (_text(root / "sys/class/dmi/id" / key) for key in ("sys_vendor", "product_name", "bios_vendor"))
+    return "hypervisor" in _cpu_flags(root) or any(_VIRTUAL.search(text) for text in dmi)
+
+
+def _arch(root: Path) -> str:
+    # The "lm" flag (long mode) exists on x86 only; the interpreter's own platform would not follow `root`.
+    return "x86_64" if "lm" in _cpu_flags(root) else ""
+
+
+def _cpu_flags(root: Path) -> frozenset[str]:
+    found = re.search(r"^flags\s*:(.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _has_battery(root: Path) -> bool:
+    return any((root / "sys/class/power_supply").glob("BAT*"))

@@ -1,0 +1,134 @@
+"""Whole federations for tests: an engine and agents in one process, over any transport."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.engine import Engine
+from coordinator.live import Live
+from coordinator.settings import CoordinatorSettings, HttpSettings, ModelSettings, RunSettings
+from coordinator.store.sql import Store
+from coordinator.strategies.base import State
+from edge_agent.agent import OFFLINE, Agent
+from edge_agent.datasets import DataSettings
+from edge_agent.energy.meter import Meter
+from edge_agent.settings import AgentSettings
+from foundation.messages import Presence
+from foundation.profile import DeviceProfile
+from foundation.topics import Topics
+from foundation.transport import MemoryBroker, MemoryTransport, Transport
+from tests.toys import toy_data
+
+TOPICS = Topics("test")
+MODEL = ModelSettings(width=8, depth=2, heads=2, ffl_ratio=2, patch=2)
+Dial = Callable[[str, tuple[str, bytes]], Transport]
+
+
+def memory(broker: MemoryBroker) -> Dial:
+    """Connect through a broker inside this process."""
+    return lambda client, will: MemoryTransport(broker, will=will)
+
+
+def run_settings(**changes: Any) -> RunSettings:
+    fields: dict[str, Any] = {
+        "name": "r",
+        "strategy": "pfl_tpp",
+        "settings": {"warm_up": 0, "target": 0.5, "every": 2, "learning_rate": 5e-3},
+        "rounds": 3,
+        "min_agents": 3,
+        "deadline_s": 60,
+        "wait_s": 30,
+        "model": MODEL,
+    }
+    return RunSettings(**(fields | changes))
+
+
+@dataclass
+class Fleet:
+    """An engine and agents; each agent and the engine can be cut off and started again."""
+
+    folder: Path
+    dial: Dial
+    run: RunSettings = field(default_factory=run_settings)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    agents: dict[str, Agent] = field(default_factory=dict)
+    engine: Engine | None = None
+    store: Store | None = None
+
+    async def coordinator(self) -> None:
+        """Serve until cancelled."""
+        settings = CoordinatorSettings(
+            federation="test", folder=self.folder / "c", http=HttpSettings(enabled=False), run=self.run
+        )
+        will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
+        with Store.open(settings.folder) as self.store:
+            async with Live(self.store) as live:
+                transport = self.dial("coordinator", will)
+                self.engine = Engine(settings, transport=transport, store=self.store, live=live)
+                await self.engine.serve()
+
+    async def agent(self, name: str, seed: int) -> None:
+        """Live until cancelled."""
+        settings = AgentSettings(
+            agent=name,
+            federation="test",
+            vault=self.folder / name,
+            data=DataSettings(kind="builtin", name="digits"),
+        )
+        will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
+        with Meter(DeviceProfile.load("unknown-linux")) as meter:
+            self.agents[name] = Agent(
+                settings,
+                transport=self.dial(name, will),
+                meter=meter,
+                profile="unknown-linux",
+                threads=1,
+                load_data=lambda: toy_data(seed),
+            )
+            await self.agents[name].run()
+
+    def start(self, name: str) -> None:
+        """Start `coordinator`, or an agent named `d<seed>`."""
+        work = self.coordinator() if name == "coordinator" else self.agent(name, int(name[1:]))
+        self.tasks[name] = asyncio.create_task(work, name=name)
+
+    async def cut(self, name: str) -> None:
+        """End one of them at once; its work in hand stays in its folder."""
+        task = self.tasks.pop(name)
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def finished(self, within_s: float = 60) -> str:
+        """Wait for the run's end and return how it ended; raises what ended a task before."""
+        async with asyncio.timeout(within_s):
+            while self.engine is None or not self.engine.finished.is_set() or self.engine.outcome is None:
+                for task in self.tasks.values():
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(0.01)
+        return self.engine.outcome
+
+    def state(self) -> State:
+        """Return the run's last state."""
+        assert self.store is not None
+        latest = self.store.latest_state(self.run.name)
+        assert latest is not None
+        return State.from_bytes(latest[1])
+
+
+@contextlib.asynccontextmanager
+async def fleet(folder: Path, dial: Dial, run: RunSettings | None = None) -> AsyncIterator[Fleet]:
+    """A coordinator and agents d0, d1, d2, all started; everything is ended on the way out."""
+    whole = Fleet(folder, dial, run or run_settings())
+    try:
+        for name in ("coordinator", "d0", "d1", "d2"):
+            whole.start(name)
+        yield whole
+    finally:
+        for name in list(whole.tasks):
+            await whole.cut(name)
