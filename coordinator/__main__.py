@@ -99,7 +99,7 @@ async def _until_stopped(s: CoordinatorSettings, engine: Engine, store: Store, l
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     finally:
         if server is not None and page is not None:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             await asyncio.wait([page], timeout=5)
         for task in waiting:
             task.cancel()
@@ -123,7 +123,7 @@ def bound(http: HttpSettings) -> socket.socket:
 
 
 def _server(http: HttpSettings, app: object) -> _Server:
-    config = uvicorn.Config(app, log_level="warning", access_log=False)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)  # type: ignore[arg-type]
     return _Server(config)
 
 

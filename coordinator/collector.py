@@ -47,6 +47,15 @@ class Collector:
         for block, mask in update.masks.items():
             if mask.shape != (hidden,):
                 raise FrameMismatch(f"mask of {block} has shape {mask.shape}, not ({hidden},)")
+        made = update.artifact
+        if made is not None and (made.run, made.round, made.agent) != (
+            update.run,
+            update.round,
+            update.agent,
+        ):
+            raise FrameMismatch(
+                f"its artifact is of {made.agent!r} in round {made.round} of run {made.run!r}"
+            )
 
     def add(self, update: Update) -> None:
         """Count an update that was checked and stored."""

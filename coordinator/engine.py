@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -38,6 +39,7 @@ from foundation.errors import (
     RoundError,
     SettingsError,
     WireError,
+    WorkRefused,
 )
 from foundation.frozen import Frozen
 from foundation.messages import (
@@ -57,6 +59,8 @@ from foundation.transport import Letter, Transport
 logger = logging.getLogger(__name__)
 
 MALFORMED_LIMIT = 3
+MAX_ROUNDS = 100_000
+"""The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
 
 
@@ -74,6 +78,7 @@ class _Open:
 
     run: str
     round: int
+    rounds: int
     collector: Collector
     frames: dict[str, bytes]
     deadline: float
@@ -104,6 +109,7 @@ class Engine:
         self._open: _Open | None = None
         self._opened = asyncio.Condition()
         self._active: str | None = None
+        self._begun = asyncio.Event()
         self._courier = Courier(
             transport,
             frames=self.topics.every("update"),
@@ -131,6 +137,7 @@ class Engine:
                     for letters, read in listeners:
                         tasks.create_task(self._listen(letters, read))
                     await self._begin()
+                    self._begun.set()
             finally:
                 if self._run is not None:
                     self._run.cancel()  # the run itself goes on at the next start
@@ -145,16 +152,25 @@ class Engine:
     # --- control -------------------------------------------------------------------------------
 
     async def start(self, request: StartRun) -> None:
-        """Start a run; raises `SettingsError` when one is in progress or the request does not fit."""
+        """Start a run, or go on with one that failed or was stopped.
+
+        Raises `RoundError` while one is in progress, `SettingsError` for what does not fit.
+        """
         if self._run is not None and not self._run.done():
-            raise SettingsError(f"run {self._active!r} is in progress: stop it first")
-        given = request.model_dump(exclude_none=True)
-        self._launch(self.settings.run.model_copy(update=RunSettings(**given).model_dump(include=set(given))))
+            raise RoundError(f"run {self._active!r} is in progress: stop it first")
+        given = {k: v for k, v in request.model_dump().items() if v is not None and v != ""}
+        if "strategy" in given and given["strategy"] != self.settings.run.strategy:
+            given = {"settings": {}} | given  # the settings of one strategy are not another's
+        try:
+            run = RunSettings.model_validate({**self.settings.run.model_dump(), **given})
+        except ValidationError as error:
+            raise SettingsError(f"the run cannot be: {error}") from error
+        self._launch(run)
 
     async def stop(self, reason: str) -> None:
         """Stop the run in progress; its agents are told, its state stays."""
         if self._run is None or self._run.done() or self._active is None:
-            raise SettingsError("no run is in progress")
+            raise RoundError("no run is in progress")
         run = self._active
         if self._open is not None:
             for agent in self._open.collector.outstanding:
@@ -229,6 +245,17 @@ class Engine:
         )
         return course
 
+    async def _gather_again(self, run: RunSettings) -> None:
+        """Give those who are away a moment; after it, the quorum of `min_agents` is enough to go on."""
+        set_aside = sum(entry.set_aside is not None for entry in self.roster.entries.values())
+        wanted = max(1, run.min_agents - set_aside)
+        deadline = time.monotonic() + run.grace_s
+        while len(self.roster.present()) < wanted and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        if len(self.roster.present()) < wanted:
+            needed = max(1, math.ceil(run.quorum * run.min_agents))
+            await self._gather(run.model_copy(update={"min_agents": needed}))
+
     async def _gather(self, run: RunSettings) -> None:
         deadline = time.monotonic() + run.wait_s
         while len(present := self.roster.present()) < run.min_agents:
@@ -248,6 +275,9 @@ class Engine:
 
     async def _state(self, course: Course, strategy: Strategy) -> State:
         run = course.settings
+        for record in await asyncio.to_thread(self.store.rounds, run.name):
+            if record.state == "closed":
+                self.live.round_closed(run.name, record.round, record.seconds)
         latest = await asyncio.to_thread(self.store.latest_state, run.name)
         if latest is not None:
             return await asyncio.to_thread(State.from_bytes, latest[1])
@@ -273,7 +303,7 @@ class Engine:
             seed=run.seed,
             deadline_s=run.deadline_s,
             strategy=run.strategy,
-            export=number == run.rounds or (run.export_every > 0 and number % run.export_every == 0),
+            export=run.exports(number),
         )
         assignments = await asyncio.to_thread(strategy.plan, state, context)
         updates = await self._collect(run, number, assignments, opened)
@@ -300,7 +330,7 @@ class Engine:
         if record is not None:
             known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
             return [known[agent] for agent in record.agents], record.opened.timestamp()
-        await self._gather(run)
+        await self._gather_again(run)
         present = self.roster.present(course.spec, course.labels)
         for agent in self.roster.entries:
             reason = self.roster.reason_against(agent, course.spec, course.labels)
@@ -338,19 +368,23 @@ class Engine:
             collector.add(update_from(frame))
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
         frames = {a.agent: await asyncio.to_thread(frame_of, a) for a in assignments}
-        here = _Open(run.name, number, collector, frames, time.monotonic() + left, {})
+        here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {})
         async with self._opened:
             self._open = here
             self._opened.notify_all()
         try:
             for agent in collector.outstanding:
                 self._send(agent)
-            self.live.phase(run.name, number, run.rounds, "collecting", {"agents": len(assignments)})
+            self._tell_collected(here)
             return await collector.wait()
         finally:
             self._open = None
             for task in here.sending.values():
                 task.cancel()
+
+    def _tell_collected(self, here: _Open) -> None:
+        counts = {"updates": len(here.collector.updates), "expected": len(here.collector.assignments)}
+        self.live.phase(here.run, here.round, here.rounds, "collecting", counts)
 
     def _silent_for(self, agent: str) -> float | None:
         return None if self.roster.entry(agent).online else self.roster.silent_for(agent)
@@ -384,6 +418,7 @@ class Engine:
         """Take an update: checked, stored, counted; the agent is told `stored` when this returns."""
         agent = self.topics.agent_of(topic)
         self.roster.heard(agent)
+        await self._begun.wait()  # before that, every run would seem to be over
         try:
             update = await asyncio.to_thread(update_from, frame)
             if update.agent != agent:
@@ -394,39 +429,49 @@ class Engine:
             here.collector.check(update)
         except WireError as error:
             self._malformed(agent, str(error))
+            self._not_waited_for(agent, str(error))
             raise
-        summary = update_summary(update, wire_bytes)
-        new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
+        except WorkRefused as error:
+            self.live.emit("late", f"{agent}: {error}", agent=agent)
+            raise
         if update.artifact is not None:
             await asyncio.to_thread(self.store.add_artifact, update.artifact)
+        summary = update_summary(update, wire_bytes)
+        new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
+        if not new:
+            return  # the first one stays: what counts here is what a restart would find in the store
         here.collector.add(update)
-        if new and update.problem:
+        if self._open is here:
+            self._tell_collected(here)
+        if update.problem:
             self.live.emit(
                 "problem", f"{agent}: {update.problem}", run=update.run, round=update.round, agent=agent
             )
-        if new:
-            self.live.emit(
-                "update",
-                f"{agent}: accuracy {update.metrics.get('accuracy', 0.0):.3f}",
-                run=update.run,
-                round=update.round,
-                agent=agent,
-                up_bytes=wire_bytes,
-            )
+        self.live.emit(
+            "update",
+            f"{agent}: accuracy {update.metrics.get('accuracy', 0.0):.3f}",
+            run=update.run,
+            round=update.round,
+            agent=agent,
+            up_bytes=wire_bytes,
+        )
 
     async def _round_of(self, update: Update) -> _Open | None:
-        """Return the open round of an update, or `None` when it was stored in a closed one.
+        """Return the open round of an update, or `None` when it is stored already.
 
-        Waits while the coordinator is still opening that round. Raises `FrameMismatch` for anything else.
+        Waits while the coordinator is still opening that round. Raises `FrameMismatch` for a round that never
+        was, and `WorkRefused`, which is nobody's fault, for one that is over.
         """
+        if not await self._was_opened(update.run, update.round):
+            raise FrameMismatch(f"round {update.round} of run {update.run!r} was never opened")
+        if await self._is_stored(update):
+            return None
         if update.run != self._active:
-            raise FrameMismatch(f"run {update.run!r} is not in progress")
+            raise WorkRefused(f"run {update.run!r} is not in progress")
         async with self._opened:
             while self._open is None or self._open.round < update.round:
                 if self._run is None or self._run.done():
-                    raise FrameMismatch(f"run {update.run!r} is over")
-                if await self._is_stored(update):
-                    return None
+                    raise WorkRefused(f"run {update.run!r} is over")
                 try:
                     await asyncio.wait_for(self._opened.wait(), 1.0)
                 except TimeoutError:
@@ -434,9 +479,13 @@ class Engine:
             here = self._open
         if here.round == update.round:
             return here
-        if await self._is_stored(update):
-            return None
-        raise FrameMismatch(f"round {update.round} is closed; round {here.round} is open")
+        raise WorkRefused(f"round {update.round} is closed; round {here.round} is open")
+
+    async def _was_opened(self, run: str, number: int) -> bool:
+        # The bound first: a number of any size fits into JSON, but not into the store.
+        if not 1 <= number <= MAX_ROUNDS:
+            return False
+        return await asyncio.to_thread(self.store.round_record, run, number) is not None
 
     async def _is_stored(self, update: Update) -> bool:
         records = await asyncio.to_thread(self.store.updates, update.run, update.round)
@@ -449,17 +498,25 @@ class Engine:
         if entry.malformed >= MALFORMED_LIMIT and entry.set_aside is None:
             entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
             self.live.emit("set_aside", f"{agent} {entry.set_aside}", agent=agent)
+            self._not_waited_for(agent, entry.set_aside)
+
+    def _not_waited_for(self, agent: str, reason: str) -> None:
+        """Let the open round close without an agent whose answer was no answer; a good one still counts."""
+        if self._open is not None:
+            self._open.collector.refuse(agent, reason)
 
     async def _listen(
         self, letters: AsyncIterator[Letter], read: Callable[[str, bytes], Awaitable[None]]
     ) -> None:
         async for letter in letters:
             agent = self.topics.agent_of(letter.topic)
+            what = letter.topic.rpartition("/")[2]
             try:
-                await read(agent, letter.body)
+                await read(checked_name(agent, "agent"), letter.body)
             except ValidationError as error:
-                first = error.errors()[0]
-                self._malformed(agent, f"{letter.topic.rsplit('/', 1)[1]}: {first['msg']}")
+                self._malformed(agent, f"{what}: {error.errors()[0]['msg']}")
+            except HedgerowError as error:  # one letter that cannot be kept must not end the listening
+                logger.error("letter not taken", extra={"agent": agent, "what": what, "reason": str(error)})
 
     async def _on_card(self, agent: str, body: bytes) -> None:
         card = AgentCard.model_validate_json(body)
@@ -493,6 +550,11 @@ class Engine:
     async def _on_refusal(self, agent: str, body: bytes) -> None:
         refusal = Refusal.model_validate_json(body)
         self.roster.heard(agent)
+        if refusal.agent != agent or not await self._was_opened(refusal.run, refusal.round):
+            self._malformed(
+                agent, f"refusal: of {refusal.agent!r}, for round {refusal.round} of run {refusal.run!r}"
+            )
+            return
         await self._refused(refusal.run, refusal.round, agent, refusal.reason)
 
     async def _refused(self, run: str, number: int, agent: str, reason: str) -> None:

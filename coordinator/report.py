@@ -22,6 +22,7 @@ def update_summary(update: Update, wire_bytes: int) -> dict[str, Any]:
         "ledger": {stage: r.model_dump(mode="json") for stage, r in update.ledger.items()},
         "received_bytes": update.received_bytes,
         "wire_bytes": wire_bytes,
+        "problem": update.problem,
         "artifact": update.artifact.sha256 if update.artifact else None,
     }
 

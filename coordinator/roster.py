@@ -35,8 +35,10 @@ class Roster:
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def entry(self, agent: str) -> Entry:
-        """Return what is known of an agent, made on first mention."""
-        return self.entries.setdefault(agent, Entry())
+        """Return what is known of an agent, made on first mention; its silence is counted from then."""
+        if agent not in self.entries:
+            self.entries[agent] = Entry(last_heard=self.clock())
+        return self.entries[agent]
 
     def heard(self, agent: str) -> None:
         """Note that an agent was heard just now."""
@@ -60,8 +62,8 @@ class Roster:
                 f"it speaks protocol {entry.card.protocol}, this coordinator {PROTOCOL}:"
                 " install the same version on both"
             )
-        if entry.card.problem:
-            return entry.card.problem
+        if entry.card.input is None:
+            return entry.card.problem or "it has no data"
         if spec is None:
             return None
         wanted = (spec.input, spec.shape, labels)

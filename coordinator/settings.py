@@ -76,7 +76,14 @@ class RunSettings(Frozen):
     """Seconds to wait for `min_agents`."""
     export_every: int = Field(0, ge=0)
     """Export personal models every so many rounds; the last round always does."""
+    export: bool = True
+    """Whether personal models are exported at all."""
     model: ModelSettings = ModelSettings()
+
+    def exports(self, number: int) -> bool:
+        """Whether personal models are exported after this round."""
+        due = number == self.rounds or (self.export_every > 0 and number % self.export_every == 0)
+        return self.export and due
 
 
 class HttpSettings(Frozen):

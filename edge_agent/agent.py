@@ -15,10 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import psutil
@@ -31,7 +32,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.vault import Outgoing, Personal, Vault
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
-from foundation.energy import Kind, Stage
+from foundation.energy import EnergyReading, Kind, Stage, total
 from foundation.errors import (
     DataError,
     DeliveryFailed,
@@ -123,6 +124,19 @@ class _Job:
         return self.assignment.run, self.assignment.round
 
 
+class Recorder(Protocol):
+    """Records a live stream of readings while the agent lives (edge_agent/stream.py)."""
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the stream, if anything."""
+        ...
+
+    async def run(self, transport: Transport) -> None:
+        """Record until cancelled."""
+        ...
+
+
 class Agent:
     """One agent over one transport; `run` returns when it is cancelled."""
 
@@ -135,14 +149,27 @@ class Agent:
         profile: str,
         threads: int,
         load_data: Callable[[], LocalData],
+        recorder: Recorder | None = None,
+        retry_s: float = RETRY_S,
+        training: Executor | None = None,
     ) -> None:
+        """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
+
+        Without it the agent has one thread for all training, at low priority: everything else on the
+        device goes first.
+        """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
         self.profile, self.threads = profile, threads
         self.topics = Topics(settings.federation)
         self.vault = Vault(settings.vault, self.name)
         self.standing = Standing()
-        self._load_data = load_data
+        self._load_data, self._recorder, self._retry_s = load_data, recorder, retry_s
+        self._owned = (
+            ThreadPoolExecutor(1, "training", initializer=_lower_priority) if training is None else None
+        )
+        self._training = training or self._owned
+        self._seen_run: str | None = None
         self._data: LocalData | None = None
         self._problem: str | None = None
         self._session = uuid.uuid4().hex[:12]
@@ -170,6 +197,8 @@ class Agent:
                     await self._publish("presence", OFFLINE.model_dump_json(), retain=True)
         finally:
             self._call_off()
+            if self._owned is not None:
+                self._owned.shutdown(wait=False)
             self._serving.stop()
 
     async def _live(self) -> None:
@@ -180,6 +209,8 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for life in (self._work_on, self._deliver, self._report, self._watch_data):
                 tasks.create_task(life())
+            if self._recorder is not None:
+                tasks.create_task(self._recorder.run(self.transport))
             async for letter in commands:
                 self._command(letter.body)
 
@@ -205,7 +236,7 @@ class Agent:
             energy_kind=self.meter.kind,
             energy_source=self.meter.source,
             serving=self._serving.address,
-            problem=self._problem,
+            problem=self._problem or (self._recorder.problem if self._recorder else None),
         )
 
     async def _look_at_data(self) -> None:
@@ -219,7 +250,7 @@ class Agent:
     async def _watch_data(self) -> None:
         """Look again while the data are unusable: a person may mend them, a stream may fill."""
         while True:
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self._retry_s)
             if self._data is None:
                 await self._look_at_data()
                 await self._publish("card", self.card().model_dump_json(), retain=True)
@@ -293,9 +324,13 @@ class Agent:
     async def _attempt(self, job: _Job) -> None:
         reason = None
         try:
+            await self._refresh_data(job.assignment.run)
             self._accept(job.assignment)
-            await asyncio.to_thread(self._work, job)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._training, self._work, job)
             self._outbox.set()
+            if job.assignment.export and self.settings.serve.enabled:
+                await self._serve()
         except (WorkRefused, DataError) as error:
             reason = str(error)
         except Exception as error:  # the one door of the house: logged and answered
@@ -309,8 +344,22 @@ class Agent:
             self._courier.forget(self._topic("assignment"))  # offered again, it is looked at again
             await self._refuse(job.assignment, reason)
 
+    async def _refresh_data(self, run: str) -> None:
+        """Look at the data anew when a run begins: a recorded stream has grown since."""
+        if self._recorder is not None and run != self._seen_run:
+            await self._look_at_data()
+        self._seen_run = run
+
+    async def _serve(self) -> None:
+        try:
+            await asyncio.to_thread(self._serving.start)
+        except HedgerowError as error:
+            self._problem = f"serving: {error}"
+            logger.error("serving did not start", extra={"reason": str(error)})
+        await self._publish("card", self.card().model_dump_json(), retain=True)
+
     def _accept(self, assignment: Assignment) -> None:
-        if self._problem or self._data is None:
+        if self._data is None:
             raise WorkRefused(self._problem or "no data loaded yet")
         spec, data = assignment.spec, self._data
         if (spec.input, spec.shape, spec.classes) != (data.input, data.shape, len(data.labels)):
@@ -323,7 +372,6 @@ class Agent:
 
     def _work(self, job: _Job) -> None:
         """Train, keep what is personal, export if asked, and put the update into the outbox."""
-        _lower_priority()
         a, data = job.assignment, self._data
         assert data is not None
         self.vault.take_in_hand(job.frame)
@@ -337,9 +385,10 @@ class Agent:
         steps = personal.pruning_steps if personal else 0
         task = trainer.Task(a.spec, a.work, own.updated(a.parameters), a.parameters, data, a.seed, steps)
         outcome = trainer.carry_out(task, _Hooks(self.meter, self.vault, self.standing, job.called_off))
-        kept = Personal(a.round, outcome.parameters.only(a.work.keep), outcome.pruning_steps)
-        self.vault.save_personal(a.run, kept)
-        artifact, problem = self._exported(a, data, outcome)
+        spent = so_far(personal, self.meter.peek().get(Stage.TRAIN))
+        own = outcome.parameters.only(a.work.keep)
+        self.vault.save_personal(a.run, Personal(a.round, own, outcome.pruning_steps, spent))
+        artifact, problem = self._exported(a, data, outcome, spent)
         update = Update(
             run=a.run,
             round=a.round,
@@ -358,25 +407,24 @@ class Agent:
         self.standing.accuracy = outcome.metrics["accuracy"]
 
     def _exported(
-        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome
+        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome, spent: EnergyReading
     ) -> tuple[Manifest | None, str | None]:
         """Export if asked; a failure is told with the update, which is worth sending all the same."""
         if not a.export:
             return None, None
         try:
-            manifest = self._export(a, data, outcome)
-            if self.settings.serve.enabled:
-                self._serving.start()
+            manifest = self._export(a, data, outcome, spent)
         except HedgerowError as error:
             logger.error("export failed", extra={"round": a.round, "reason": str(error)})
             return None, f"export: {error}"[:2000]
         return manifest, None
 
-    def _export(self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome) -> Manifest:
+    def _export(
+        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome, spent: EnergyReading
+    ) -> Manifest:
         from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
 
         self.standing.stage = Stage.EXPORT
-        spent = self.meter.peek().get(Stage.TRAIN)
         with self.meter.stage(Stage.EXPORT):
             manifest = export_artifact(
                 a.spec,
@@ -392,8 +440,8 @@ class Agent:
                 strategy=a.strategy,
                 accuracy_sent=outcome.metrics["accuracy_sent"],
                 accuracy=outcome.metrics["accuracy"],
-                train_joules=spent.joules if spent else None,
-                train_joules_kind=spent.kind if spent else Kind.NONE,
+                train_joules=spent.joules,
+                train_joules_kind=spent.kind,
             )
         return manifest
 
@@ -412,8 +460,6 @@ class Agent:
             self._outbox.clear()
             for outgoing in await asyncio.to_thread(self.vault.outbox):
                 await self._deliver_one(outgoing)
-            if self._serving.address:
-                await self._publish("card", self.card().model_dump_json(), retain=True)
 
     async def _deliver_one(self, outgoing: Outgoing) -> None:
         facts = {"run": outgoing.run, "round": outgoing.round}
@@ -477,6 +523,14 @@ class Agent:
             # Retained letters are sent again on reconnect; telemetry is out of date by then; a refusal
             # that is lost is made again when the coordinator offers the work again.
             logger.warning("not published", extra={"what": what, "reason": str(error)})
+
+
+def so_far(personal: Personal | None, training: EnergyReading | None) -> EnergyReading:
+    """Return what all training of the run took; a meter that moved to another scope starts the sum anew."""
+    readings = [personal.trained if personal else None, training]
+    known = [reading for reading in readings if reading is not None]
+    same_place = len({r.scope for r in known if r.kind is not Kind.NONE}) < 2
+    return total(known if same_place else known[-1:])
 
 
 def to_send(trained: Parameters, sent: Parameters, work: LocalWork) -> Parameters:

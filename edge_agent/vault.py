@@ -16,6 +16,7 @@ personal parameters of the round before it, and comes to the same end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from foundation.energy import EnergyReading
 from foundation.errors import SettingsError
 from foundation.parameters import Array, Parameters
 
@@ -43,6 +45,8 @@ class Personal:
     round: int
     parameters: Parameters
     pruning_steps: int = 0
+    trained: EnergyReading | None = None
+    """Joules and seconds of all training in this run so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,13 @@ class Vault:
         if not path.exists():
             identity = {"agent": agent, "id": uuid.uuid4().hex}
             write_atomic(path, json.dumps(identity).encode())
-        found = json.loads(path.read_text())["agent"]
+        try:
+            found = json.loads(path.read_text())["agent"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(
+                f"{path} cannot be read ({error}): put back the file that says whose vault this is, or give"
+                " this agent an empty vault"
+            ) from error
         if found != agent:
             raise SettingsError(
                 f"the vault {self.folder} belongs to agent {found!r}, not to {agent!r}: give this agent"
@@ -101,7 +111,9 @@ class Vault:
 
     def save_personal(self, run: str, personal: Personal) -> None:
         """Keep a device's own parameters after a round; the round before it is kept too."""
-        meta = {"round": personal.round, "pruning_steps": personal.pruning_steps}
+        meta: dict[str, Any] = {"round": personal.round, "pruning_steps": personal.pruning_steps}
+        if personal.trained is not None:
+            meta["trained"] = personal.trained.model_dump(mode="json")
         self._save(self._personal(run, personal.round), personal.parameters, meta)
         for old in sorted(self._rounds(run))[:-2]:
             self._personal(run, old).unlink()
@@ -112,7 +124,8 @@ class Vault:
             loaded = self._load(self._personal(run, number))
             if loaded is not None:
                 parameters, meta = loaded
-                return Personal(int(meta["round"]), parameters, int(meta["pruning_steps"]))
+                trained = EnergyReading(**meta["trained"]) if "trained" in meta else None
+                return Personal(int(meta["round"]), parameters, int(meta["pruning_steps"]), trained)
         return None
 
     def _personal(self, run: str, number: int) -> Path:
@@ -203,9 +216,9 @@ class Vault:
 
     def _save(self, path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        order = json.dumps([*contiguous])
-        data = save_arrays(contiguous, {"meta": json.dumps(dict(meta)), "order": order})
-        write_atomic(path, data)
+        told = json.dumps(dict(meta))
+        header = {"meta": told, "order": json.dumps([*contiguous]), "sha256": _digest(contiguous, told)}
+        write_atomic(path, save_arrays(contiguous, header))
 
     def _load(self, path: Path) -> tuple[Parameters, dict[str, Any]] | None:
         try:
@@ -214,9 +227,20 @@ class Vault:
             header = json.loads(data[8 : 8 + length])["__metadata__"]
             arrays = load_arrays(data)
             ordered = Parameters((name, arrays[name]) for name in json.loads(header["order"]))
+            if _digest(ordered, header["meta"]) != header["sha256"]:
+                raise ValueError("its contents are not what was written")
             return ordered, json.loads(header["meta"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning(
                 "vault file unreadable, passed over", extra={"file": path.name, "error": str(error)}
             )
             return None
+
+
+def _digest(arrays: Mapping[str, Array], meta: str) -> str:
+    """Return a digest of everything a file says; the format itself has none, and cards of flash memory rot."""
+    result = hashlib.sha256(meta.encode())
+    for name, array in arrays.items():
+        result.update(f"|{name}|{array.dtype.str}|{array.shape}|".encode())
+        result.update(np.ascontiguousarray(array).data)
+    return result.hexdigest()

@@ -50,6 +50,7 @@ class Manifest(Frozen):
     dense_latency_ms: float | None = None
     """Median of one batch-1 run on the exporting device, one thread, pruned and dense interleaved."""
     train_joules: float | None = None
+    """Of all local training of this run on this device."""
     train_joules_kind: Kind = Kind.NONE
 
 

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from foundation.errors import SettingsError, TransportError
+from foundation.process import bound_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,6 @@ STOP_S = 5.0
 CONNECT = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"
 """MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `probe`."""
 DISCONNECT = b"\xe0\x00"
-
-# argv: the parent's pid, then the broker's command. A parent that died before the prctl is seen by its pid.
-STARTER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class BrokerProgram(NamedTuple):
@@ -175,8 +167,7 @@ class EmbeddedBroker:
                 f"port {port} on {self._host} is taken by another program: stop it, or choose another port"
             )
         command = self._configure(port)
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command]
+        command = bound_to_parent(command)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, process_group=0

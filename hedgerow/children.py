@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hedgerow.broker import STARTER
+from foundation.process import bound_to_parent
 
 STOP_S = 10.0
 
@@ -31,12 +29,9 @@ class Child:
 
 def spawn(name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> Child:
     """Start a command in a process group of its own, so that Ctrl-C reaches us first."""
-    full = [*command]
-    if sys.platform == "linux":  # the kernel ends it when this process is killed
-        full = [sys.executable, "-I", "-S", "-c", STARTER, str(os.getpid()), *command]
     with log.open("ab") as file:
         process = subprocess.Popen(
-            full,
+            bound_to_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -25,6 +25,7 @@ import httpx
 import numpy as np
 from rich.console import Console
 
+from coordinator.strategies.base import Strategy
 from edge_agent.datasets import load
 from edge_agent.samples import DataSettings, LocalData
 from foundation.errors import HedgerowError, SettingsError
@@ -37,6 +38,10 @@ READY_S = 30.0
 SERVING_S = 30.0
 POLL_S = 0.25
 SAMPLES = 8
+WIDTH = 110
+"""Columns of what is printed into a pipe."""
+EPOCHS = 3
+"""Local epochs a round: 1,797 small images, so more than the strategies' default."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Federation:
 def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit code. Leaves no process behind, whatever happens."""
     console = Console(stderr=options.json)
+    if not console.is_terminal:
+        console = Console(stderr=options.json, width=WIDTH)
     with ExitStack() as stack:
         stack.enter_context(_interruptible())
         try:
@@ -199,7 +206,7 @@ def _start(options: DemoOptions, stack: ExitStack) -> Federation:
 
 
 def _coordinator_table(options: DemoOptions, name: str, port: int) -> dict[str, Any]:
-    settings = {"epochs": 3} | dict(options.settings)
+    settings = {"epochs": EPOCHS} | dict(options.settings)
     return {
         "federation": name,
         "folder": "coordinator",
@@ -308,12 +315,9 @@ def _follow(federation: Federation, run: str, console: Console) -> None:
 
 
 def _start_reference(federation: Federation) -> None:
-    request = {"run": "reference", "strategy": "fedavg"}
-    request["settings"] = {  # type: ignore[assignment]
-        k: v
-        for k, v in ({"epochs": 3} | dict(federation.options.settings)).items()
-        if k in ("epochs", "learning_rate", "batch_size", "optimizer", "momentum", "clip", "encoding")
-    }
+    given = {"epochs": EPOCHS} | dict(federation.options.settings)
+    settings = {k: v for k, v in given.items() if k in Strategy.model_fields}
+    request = {"name": "reference", "strategy": "fedavg", "settings": settings, "export": False}
     answer = httpx.post(f"{federation.page}/api/v1/runs", json=request, timeout=10)
     if answer.is_error:
         raise HedgerowError(f"the reference run did not start: {answer.text}")
@@ -361,7 +365,7 @@ def _ask(federation: Federation) -> list[Sample]:
 def _keep(federation: Federation, report: DemoReport, console: Console) -> None:
     console.print("\n[bold]kept running[/bold] until Ctrl-C:")
     console.print(f"  page     {federation.page}/", highlight=False)
-    console.print(f"  API      {federation.page}/docs", highlight=False)
+    console.print(f"  API      {federation.page}/openapi.json", highlight=False)
     console.print(f"  broker   {federation.broker_url}", highlight=False)
     for sample in report.samples:
         console.print(f"  {sample.agent} {sample.address}/", highlight=False)

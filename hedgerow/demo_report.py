@@ -11,7 +11,7 @@ from rich.table import Table
 from foundation.artifact import Manifest
 from foundation.energy import EnergyReading, Kind, Stage
 from foundation.frozen import Frozen
-from hedgerow.demo_screen import bytes_text
+from hedgerow.demo_screen import bytes_text, joules_text
 
 if TYPE_CHECKING:
     from hedgerow.demo import Federation
@@ -128,48 +128,60 @@ def summed(ledgers: Sequence[dict[str, Any]]) -> dict[Stage, EnergyReading]:
 
 
 def show(report: DemoReport, console: Console) -> None:
-    """Print the tables."""
-    console.print()
-    console.print(_results(report))
-    console.print(_stages(report))
+    """Print the tables; each fits a terminal of 80 columns."""
+    for table in (_learned(report), _shrunk(report), _stages(report)):
+        console.print()
+        console.print(table)
     console.print(_energy_line(report), highlight=False)
     if report.samples:
+        console.print()
         _show_sample(report.samples[0], console)
         hits, asked = sum(s.hits for s in report.samples), sum(len(s.truth) for s in report.samples)
         console.print(f"all devices: {hits} of {asked} held-out samples right", highlight=False)
     console.print(f"the whole run took {report.seconds:.1f} s", highlight=False)
 
 
-def _results(report: DemoReport) -> Table:
-    table = Table(title="personal models", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("device", "examples", "accuracy\nas sent", "after\ntraining"):
-        table.add_column(name, justify="left" if name == "device" else "right")
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _learned(report: DemoReport) -> Table:
     reference = report.devices[0].reference_sent is not None
-    if reference:
-        table.add_column("FedAvg dense\nas sent / after", justify="right")
-    for name in ("FFL units\nkept", "parameters\ndense → pruned", "ONNX bytes\ndense → pruned"):
-        table.add_column(name, justify="right")
-    for name in ("batch-1 ms\ndense → pruned", "parity", "bytes\ndown / up"):
-        table.add_column(name, justify="right")
+    title = f"what was learned: accuracy on each device's own test part, round {report.rounds}"
+    columns = ["device", "training\nexamples", "as sent", "after\ntraining"]
+    columns += ["FedAvg dense\nas sent", "FedAvg dense\nafter"] if reference else []
+    table = _table(title, *columns, "bytes\nreceived", "bytes\nsent")
+    for d in report.devices:
+        row = [d.agent, f"{d.examples}", f"{d.accuracy_sent:.3f}", f"{d.accuracy:.3f}"]
+        row += [f"{d.reference_sent:.3f}", f"{d.reference:.3f}"] if reference else []
+        table.add_row(*row, bytes_text(d.down_bytes), bytes_text(d.up_bytes))
+    means = [f"{sum(values) / len(values):.3f}" for values in _columns(report)]
+    examples = sum(d.examples for d in report.devices)
+    down = sum(d.down_bytes for d in report.devices)
+    up = sum(d.up_bytes for d in report.devices)
+    table.add_row(
+        "mean, sum", f"{examples}", *means, bytes_text(down), bytes_text(up), style="bold", end_section=True
+    )
+    return table
+
+
+def _shrunk(report: DemoReport) -> Table:
+    title = "what was exported: the personal ONNX model, dense → pruned"
+    columns = ("device", "FFL units", "parameters", "bytes", "ms a sample", "parity")
+    table = _table(title, *columns)
     for d in report.devices:
         m = d.manifest
-        row = [d.agent, f"{d.examples}", f"{d.accuracy_sent:.3f}", f"{d.accuracy:.3f}"]
-        if reference:
-            row.append(f"{d.reference_sent:.3f} / {d.reference:.3f}")
-        row += [
-            " + ".join(f"{k}/{m.hidden_units}" for k in d.kept_units),
+        table.add_row(
+            d.agent,
+            f"{len(d.kept_units)} x {m.hidden_units} → " + "+".join(map(str, d.kept_units)),
             f"{m.dense_parameters:,} → {m.parameters:,}",
-            f"{bytes_text(m.dense_bytes)} → {bytes_text(m.bytes)}",
+            f"{m.dense_bytes / 1000:.0f} → {m.bytes / 1000:.0f} kB",
             f"{_ms(m.dense_latency_ms)} → {_ms(m.latency_ms)}",
             f"{m.parity:.0e}",
-            f"{bytes_text(d.down_bytes)} / {bytes_text(d.up_bytes)}",
-        ]
-        table.add_row(*row)
-    means = [sum(values) / len(values) for values in _columns(report)]
-    row = ["mean", "", f"{means[0]:.3f}", f"{means[1]:.3f}"]
-    if reference:
-        row.append(f"{means[2]:.3f} / {means[3]:.3f}")
-    table.add_row(*row, style="bold")
+        )
     return table
 
 
@@ -182,23 +194,15 @@ def _columns(report: DemoReport) -> list[list[float]]:
 
 
 def _stages(report: DemoReport) -> Table:
-    present = [s for s in Stage if any(s in d.ledger for d in report.devices)]
-    table = Table(
-        title="seconds by stage, all rounds",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("device")
-    for stage in present:
-        table.add_column(stage, justify="right")
-    table.add_column("joules", justify="right")
-    table.add_column("kind")
+    present = [
+        s for s in Stage if any(s in d.ledger and d.ledger[s].seconds >= 0.005 for d in report.devices)
+    ]
+    title = "what it took: seconds by stage, all rounds"
+    table = _table(title, "device", *present, "joules")
     for d in report.devices:
         seconds = [f"{d.ledger[s].seconds:.2f}" if s in d.ledger else "–" for s in present]
         joules, kind = joules_of(d)
-        table.add_row(d.agent, *seconds, "–" if joules is None else f"{joules:.1f}", kind)
+        table.add_row(d.agent, *seconds, joules_text(joules, kind).removesuffix(" modelled"))
     return table
 
 
@@ -222,20 +226,13 @@ def _energy_line(report: DemoReport) -> str:
     named = ", ".join(sorted(sensors))
     text = f"energy: {', '.join(sorted(kinds))}, from {named}"
     if Kind.MODELLED in kinds:
-        text += "; a model of a board's power from CPU use, not a measurement"
+        text += " (~): a model of a board's power from CPU use, not a measurement"
     return text + (f" (flags: {', '.join(flags)})" if flags else "")
 
 
 def _show_sample(sample: Sample, console: Console) -> None:
-    table = Table(
-        title=f"{sample.agent} answers at {sample.address} ({len(sample.truth)} held-out samples,"
-        f" {sample.request_ms:.0f} ms)",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("prediction")
+    title = f"{sample.agent} answers at {sample.address}: held-out samples, in {sample.request_ms:.0f} ms"
+    table = _table(title, "prediction")
     for p in sample.predicted:
         table.add_column(p, justify="right")
     table.add_row("probability", *(f"{p:.2f}" for p in sample.probability))

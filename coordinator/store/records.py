@@ -1,4 +1,4 @@
-"""What the store gives and takes: frozen records, and the summary of an update."""
+"""What the store gives and takes: frozen records, and JSON as it keeps it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Literal, TypeAlias, get_args
 
 from foundation.errors import StoreError
-from foundation.messages import AgentCard, Json, Update
+from foundation.messages import AgentCard, Json
 
 RunState: TypeAlias = Literal["waiting", "running", "paused", "finished", "failed", "stopped"]
 RUN_STATES: tuple[str, ...] = get_args(RunState)
@@ -118,16 +118,6 @@ class NewEvent:
     agent: str | None = None
     data: Json = field(default_factory=dict)
     when: datetime | None = None
-
-
-def summarise(update: Update, wire_bytes: int) -> Json:
-    """Return the summary of an update as the page and the API read it: everything but the arrays.
-
-    `wire_bytes` is the size of the frame as it travelled, compression included.
-    """
-    told = update.model_dump(mode="json", exclude={"run", "round", "agent", "artifact"})
-    told["artifact"] = update.artifact.sha256 if update.artifact else None
-    return {**told, "wire_bytes": wire_bytes}
 
 
 def dumps(value: Mapping[str, object]) -> str:

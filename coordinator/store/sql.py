@@ -254,7 +254,7 @@ class Store:
     def add_update(self, run: str, round: int, agent: str, frame: bytes, summary: Json) -> bool:
         """Keep an update; durable when this returns. False if this agent's is there already.
 
-        The first one stays. `summary` is what `records.summarise` makes. Raises `StoreError` for a round
+        The first one stays. `summary` is what it says beside its arrays. Raises `StoreError` for a round
         that was never opened.
         """
         with self._writing() as connection:

@@ -25,6 +25,7 @@ from coordinator.web.models import (
     Problem,
     RefusalView,
     RoundView,
+    RunAnswer,
     RunView,
     StartRun,
     StopRun,
@@ -172,23 +173,30 @@ def _add_lists(router: APIRouter, store: Store) -> None:
 def _add_control(
     router: APIRouter, store: Store, live: Live, control: Control, clock: Callable[[], float]
 ) -> None:
-    @router.post(PREFIX + "/runs", tags=["control"], status_code=201, responses=_problems(403, 409, 422))
-    async def start(request: StartRun) -> RunView:
-        """Begin a run."""
+    async def standing(run: str) -> RunAnswer:
+        # The engine puts a run among the runs when its agents are there, as the model depends on them.
+        if not await asyncio.to_thread(store.has_run, run):
+            return RunAnswer(run=run, state="waiting")
+        return RunAnswer(run=run, state=(await asyncio.to_thread(store.run, run)).state)
+
+    @router.post(PREFIX + "/runs", tags=["control"], status_code=202, responses=_problems(403, 409, 422))
+    async def start(request: StartRun) -> RunAnswer:
+        """Begin a run; what is not given is as in the coordinator's settings."""
         named = request.named(datetime.fromtimestamp(clock(), UTC))
-        if await asyncio.to_thread(store.has_run, named.run):
-            raise HTTPException(409, f"there is a run {named.run!r} already: choose another name")
+        if await asyncio.to_thread(store.has_run, named.name):
+            raise HTTPException(409, f"there is a run {named.name!r} already: choose another name")
         await control.start(named)
-        return RunView.of(await asyncio.to_thread(store.run, named.run))
+        return await standing(named.name)
 
     @router.post(PREFIX + "/runs/{run}/stop", tags=["control"], responses=_problems(403, 404, 409, 422))
-    async def stop(run: str, request: StopRun) -> RunView:
+    async def stop(run: str, request: StopRun) -> RunAnswer:
         """End the run that is under way; what its closed rounds made stays."""
-        await asyncio.to_thread(_known, store, run)
         if live.snapshot(live.version).run != run:
+            await asyncio.to_thread(_known, store, run)
             raise HTTPException(409, f"run {run!r} is not the one under way")
         await control.stop(request.reason)
-        return RunView.of(await asyncio.to_thread(store.run, run))
+        answer = await standing(run)
+        return answer if answer.state != "waiting" else RunAnswer(run=run, state="stopped")
 
 
 def _known(store: Store, run: str) -> RunRecord:

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coordinator.live import AgentStatus
+from coordinator.settings import ModelSettings
 from coordinator.store.records import (
     RefusalRecord,
     RoundRecord,
@@ -27,59 +28,73 @@ from foundation.energy import EnergyReading, Kind, split_by_kind, total
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.messages import AgentCard, Json
-from foundation.spec import ModelSpec
 from foundation.topics import checked_name
 
 T = TypeVar("T")
 
 
 class StartRun(Frozen):
-    """What it takes to begin a run."""
+    """What is to be other than in the coordinator's settings; a field that is left out is as it is there."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
-                    "run": "greenhouse-1",
+                    "name": "greenhouse-1",
                     "strategy": "fedper",
                     "settings": {"epochs": 1, "learning_rate": 0.05},
-                    "spec": {"input": "image", "shape": [1, 8, 8], "classes": 10, "width": 32, "depth": 2},
                     "rounds": 10,
                     "seed": 7,
-                    "agents": 3,
-                    "quorum": 0.5,
-                    "deadline_s": 600,
+                    "min_agents": 3,
                 }
             ]
         }
     )
 
-    run: str = ""
-    """Name of the run; made from the strategy and the time when it is empty."""
-    strategy: str = Field(min_length=1, max_length=64)
-    settings: Json = Field(default_factory=dict)
+    name: str = ""
+    """Of the run; made from the strategy and the time when it is empty."""
+    strategy: str | None = Field(None, min_length=1, max_length=64)
+    settings: Json | None = None
     """The strategy's own fields, as in its TOML table."""
-    spec: ModelSpec
-    rounds: int = Field(ge=1, le=100_000)
-    seed: int = Field(0, ge=0, lt=2**63)
-    agents: int = Field(1, ge=1)
+    rounds: int | None = Field(None, ge=1, le=100_000)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    min_agents: int | None = Field(None, ge=1)
     """Agents that must be online before the first round."""
-    quorum: float = Field(0.5, gt=0, le=1)
-    """Share of the asked agents whose updates close a round at its deadline."""
-    deadline_s: float = Field(600.0, gt=0)
-    """Seconds that agents have for one round."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the present agents that is asked in each round."""
+    quorum: float | None = Field(None, gt=0, le=1)
+    """Share of the asked agents whose updates suffice when the deadline has passed."""
+    deadline_s: float | None = Field(None, gt=0)
+    grace_s: float | None = Field(None, ge=0)
+    wait_s: float | None = Field(None, gt=0)
+    """Seconds to wait for `min_agents`."""
+    export_every: int | None = Field(None, ge=0)
+    export: bool | None = None
+    model: ModelSettings | None = None
 
-    @field_validator("run")
+    @field_validator("name")
     @classmethod
-    def _can_be_named(cls, run: str) -> str:
+    def _can_be_a_name(cls, name: str) -> str:
         try:
-            return run and checked_name(run, "run")
+            return name and checked_name(name, "run")
         except SettingsError as error:
             raise ValueError(str(error)) from error
 
     def named(self, now: datetime) -> StartRun:
         """Return this request with a name: its own, or one made from the strategy and the time."""
-        return self if self.run else self.model_copy(update={"run": f"{self.strategy}-{now:%Y%m%d-%H%M%S}"})
+        return (
+            self
+            if self.name
+            else self.model_copy(update={"name": f"{self.strategy or 'run'}-{now:%Y%m%d-%H%M%S}"})
+        )
+
+
+class RunAnswer(BaseModel):
+    """How a run stands after it was started or stopped."""
+
+    run: str
+    state: RunState
+    """`waiting` until enough agents are online; from then on the run is among the runs."""
 
 
 class StopRun(Frozen):
@@ -233,6 +248,8 @@ class UpdateView(BaseModel):
     """Of the frame as it travelled up."""
     artifact: str | None = None
     """SHA-256 of the model that the agent exported with this update."""
+    problem: str | None = None
+    """What went wrong on the device beside the training."""
 
     @classmethod
     def of(cls, record: UpdateRecord) -> UpdateView:
@@ -253,7 +270,8 @@ class UpdateView(BaseModel):
             ledger=ledger,
             received_bytes=_whole(told.get("received_bytes")),
             wire_bytes=_whole(told.get("wire_bytes")),
-            artifact=told["artifact"] if isinstance(told.get("artifact"), str) else None,
+            artifact=_words(told.get("artifact")),
+            problem=_words(told.get("problem")),
         )
 
     def metric(self, name: str) -> float | None:
@@ -360,6 +378,10 @@ def number(value: object) -> float | None:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _words(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _ledger(told: object) -> dict[str, EnergyReading]:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
+import anyio
 from fastapi import APIRouter, Header, HTTPException, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -18,6 +19,8 @@ from coordinator.live import Event, Listener, Live
 STATUS_EVERY_S = 1.0
 HEARTBEAT_S = 15
 RETRY_MS = 2000
+GRACE_S = 1.0
+"""How long a stream may take to end by itself when the server stops."""
 
 
 def routes(live: Live, *, status_every_s: float = STATUS_EVERY_S) -> APIRouter:
@@ -37,24 +40,34 @@ def routes(live: Live, *, status_every_s: float = STATUS_EVERY_S) -> APIRouter:
         """Follow what happens; reconnect with the last id to miss nothing."""
         listener = live.listen(_id(last_event_id or after))
         # Named here, as a listener hears from its first moment on, not from the first byte that is sent.
+        closing = anyio.Event()
         return EventSourceResponse(
-            follow(live, listener, status_every_s),
+            follow(live, listener, status_every_s, closing),
             ping=HEARTBEAT_S,
+            shutdown_event=closing,
+            shutdown_grace_period=GRACE_S,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
     return router
 
 
-async def follow(live: Live, listener: Listener, status_every_s: float) -> AsyncIterator[ServerSentEvent]:
-    """Yield events as they come and, at most every `status_every_s`, what changed in the picture."""
+async def follow(
+    live: Live, listener: Listener, status_every_s: float, closing: anyio.Event
+) -> AsyncIterator[ServerSentEvent]:
+    """Yield events as they come and, at most every `status_every_s`, what changed in the picture.
+
+    Ends with the listener, or when `closing` is set.
+    """
     clock = asyncio.get_running_loop().time
     incoming = aiter(listener)
     waiting = asyncio.ensure_future(anext(incoming, None))
+    end = asyncio.ensure_future(closing.wait())
     version, due = -1, clock()
     try:
-        while True:
-            await asyncio.wait({waiting}, timeout=max(0.0, due - clock()))
+        while not closing.is_set():
+            timeout = max(0.0, due - clock())
+            await asyncio.wait({waiting, end}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if waiting.done():
                 event = waiting.result()
                 if event is None:
@@ -70,6 +83,7 @@ async def follow(live: Live, listener: Listener, status_every_s: float) -> Async
     finally:
         listener.close()
         waiting.cancel()
+        end.cancel()
 
 
 def _sent(event: Event) -> ServerSentEvent:

@@ -12,6 +12,7 @@ from socket import create_server
 from time import monotonic, sleep
 
 from foundation.errors import HedgerowError
+from foundation.process import bound_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class ServingChild:
         command = [sys.executable, "-m", "edge_agent.serving", str(self._artifacts)]
         command += ["--host", self._host, "--port", str(self._port)]
         with log.open("ab") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=file)
+            self._process = subprocess.Popen(bound_to_parent(command), stdout=file, stderr=file)
         deadline = monotonic() + START_S
         while monotonic() < deadline and self._process.poll() is None:
             if self._ready():

@@ -241,7 +241,7 @@ def _step(course: _Course, task: Task, hooks: Hooks, x: Tensor, y: Tensor, start
     loss = loss_of(course.model(x, start=start), y)
     if not torch.isfinite(loss):
         raise WorkRefused(
-            f"the local loss became {float(loss)} at step {course.steps + 1}: lower the learning rate,"
+            f"the local loss became {loss.item()} at step {course.steps + 1}: lower the learning rate,"
             " or look at this device's data for extreme values"
         )
     loss.backward()  # type: ignore[no-untyped-call]

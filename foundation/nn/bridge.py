@@ -27,8 +27,9 @@ def to_module(spec: ModelSpec, parameters: Parameters) -> Transformer:
 
 
 def to_parameters(model: Transformer) -> Parameters:
-    """Return copies of the module's parameters as float32 arrays."""
-    return Parameters((name, array_of(p)) for name, p in model.named_parameters())
+    """Return copies of the module's parameters as float32 arrays, in the order of the spec's layout."""
+    weights = dict(model.named_parameters())
+    return Parameters((n, array_of(weights[n])) for n, _ in model.spec.layout if n in weights)
 
 
 def tensor_of(array: Array) -> torch.Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from coordinator.live import Live
-from coordinator.store.records import RunRecord, summarise
+from coordinator.report import update_summary
+from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web.models import StartRun
 from foundation.artifact import Manifest
@@ -47,15 +48,18 @@ class Engine:
         if self.started and not self.stopped:
             raise RoundError("a run is under way: stop it first")
         self.started.append(request)
-        spec = request.spec.model_dump_json()
-        self.store.open_run(
-            RunRecord(request.run, request.strategy, "{}", spec, request.rounds, request.seed)
-        )
-        self.live.phase(request.run, 0, request.rounds, "waiting for agents")
+        self.live.phase(request.name, 0, request.rounds or 1, "waiting for agents")
+
+    def gathered(self) -> None:
+        """Enough agents are online: only now is the run among the runs."""
+        request = self.started[-1]
+        self.store.open_run(RunRecord(request.name, request.strategy or "fedavg", "{}", SPEC, 3, 0))
+        self.store.set_run_state(request.name, "running")
 
     async def stop(self, reason: str) -> None:
         self.stopped.append(reason)
-        self.store.set_run_state(self.started[-1].run, "stopped", reason)
+        if self.started and self.store.has_run(self.started[-1].name):
+            self.store.set_run_state(self.started[-1].name, "stopped", reason)
 
 
 def reading(kind: Kind, joules: float, seconds: float) -> EnergyReading:
@@ -152,7 +156,7 @@ def fill(store: Store, clock: Clock, rounds: int = 5, run: str = "greenhouse-1")
         for i in there:
             frame = f"{run} {round} {i}".encode() * 300
             update = an_update(i, round, run)
-            store.add_update(run, round, update.agent, frame, summarise(update, 61_440 + 512 * i))
+            store.add_update(run, round, update.agent, frame, update_summary(update, 61_440 + 512 * i))
         clock.now += 21.5
         if round <= rounds:
             store.close_round(run, round, f"state {round}".encode(), {"updates": 4})

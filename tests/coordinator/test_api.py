@@ -14,17 +14,19 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 
 from coordinator.app import create_app
 from coordinator.live import Live
+from coordinator.settings import RunSettings
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
-from coordinator.web.models import UpdateView
+from coordinator.web.models import StartRun, UpdateView
 from tests.coordinator.filled_store import AGENTS, SPEC, Clock, Engine, enliven, fill
 
 pytestmark = pytest.mark.anyio
 
-START = {"strategy": "fedper", "spec": json.loads(SPEC), "rounds": 3}
+START = {"strategy": "fedper", "rounds": 3}
 
 
 @dataclass
@@ -184,18 +186,36 @@ async def test_a_failing_store_says_so(house: House, caplog: pytest.LogCaptureFi
 
 async def test_a_run_is_started_and_stopped(house: House) -> None:
     started = await house.client.post("/api/v1/runs", json=START)
-    assert started.status_code == 201
-    name = started.json()["run"]
-    assert name == "fedper-20260301-120000"
-    assert house.engine.started[0].spec.width == 32
+    assert started.status_code == 202
+    name = "fedper-20260301-120000"
+    assert started.json() == {"run": name, "state": "waiting"}
+    asked = house.engine.started[0].model_dump(exclude_none=True)
+    assert asked == {
+        "name": name,
+        "strategy": "fedper",
+        "rounds": 3,
+    }  # the rest is the coordinator's settings'
+    assert set(asked) <= set(RunSettings.model_fields)
+    house.engine.gathered()
     again = await house.client.post("/api/v1/runs", json=START)
     assert (again.status_code, "already" in again.json()["detail"]) == (409, True)
-    other = await house.client.post("/api/v1/runs", json={**START, "run": "other"})
+    other = await house.client.post("/api/v1/runs", json={**START, "name": "other"})
     assert (other.status_code, other.json()["detail"]) == (409, "a run is under way: stop it first")
     stopped = await house.client.post(f"/api/v1/runs/{name}/stop", json={"reason": "enough"})
-    assert (stopped.json()["state"], stopped.json()["reason"]) == ("stopped", "enough")
-    assert house.engine.stopped == ["enough"]
+    assert stopped.json() == {"run": name, "state": "stopped"}
+    assert (house.engine.stopped, house.store.run(name).reason) == (["enough"], "enough")
     assert (await house.client.post("/api/v1/runs/nobody/stop", json={})).status_code == 404
+
+
+async def test_a_run_that_still_waits_for_agents_can_be_stopped(house: House) -> None:
+    await house.client.post("/api/v1/runs", json={"name": "early"})
+    answer = await house.client.post("/api/v1/runs/early/stop", json={})
+    assert answer.json() == {"run": "early", "state": "stopped"}
+    assert house.engine.stopped == ["stopped by hand"]
+
+
+def test_whatever_a_request_may_say_is_a_setting_of_a_run() -> None:
+    assert set(StartRun.model_fields) <= set(RunSettings.model_fields)
 
 
 async def test_only_the_run_under_way_can_be_stopped(full: House) -> None:
@@ -207,10 +227,9 @@ async def test_only_the_run_under_way_can_be_stopped(full: House) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"run": "../../x"},
+        {"name": "../../x"},
         {"rounds": 0},
         {"quorum": 0},
-        {"spec": {}},
         {"misspelt": 1},
         {"deadline_s": float("nan")},
     ],
@@ -234,7 +253,7 @@ async def test_foreign_pages_may_not_change_anything(house: House) -> None:
     assert house.engine.started == []
     assert (await house.client.get("/api/v1/status", headers=foreign)).status_code == 200
     own = {"sec-fetch-site": "same-origin"}
-    assert (await house.client.post("/api/v1/runs", json=START, headers=own)).status_code == 201
+    assert (await house.client.post("/api/v1/runs", json=START, headers=own)).status_code == 202
 
 
 async def test_only_given_hosts_are_answered(house: House) -> None:
@@ -363,3 +382,19 @@ async def test_open_streams_do_not_hold_the_server_up(full: House) -> None:
         await anext(told)
         await full.live.__aexit__(None, None, None)
         assert [message async for message in told] == []
+
+
+async def test_a_stopping_server_ends_open_streams_in_order(
+    full: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(full.app) as (client, server), client.stream("GET", "/api/v1/events") as answer:
+        told = messages(answer.aiter_lines())
+        await anext(told)
+        server.should_exit = True
+        # The library finds the server through the signal handlers, which a test does not install.
+        AppStatus.should_exit = True
+        try:
+            assert [message async for message in told] == []
+        finally:
+            AppStatus.should_exit = False
+    assert "without completing" not in caplog.text

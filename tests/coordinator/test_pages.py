@@ -153,7 +153,9 @@ async def test_what_agents_say_is_escaped(visit: Visit) -> None:
     visit.store.open_run(RunRecord("r", evil, "{}", "{}", 1, 0))
     visit.store.set_run_state("r", "failed", evil)
     visit.store.open_round("r", 1, [evil], 0)
-    visit.store.add_update("r", 1, "</script>" + evil, b"f", {"metrics": {"accuracy": 0.5, evil: 1.0}})
+    visit.store.add_update(
+        "r", 1, "</script>" + evil, b"f", {"metrics": {"accuracy": 0.5, evil: 1.0}, "problem": evil}
+    )
     visit.store.add_refusal("r", 1, evil, evil, NOON)
     visit.store.add_event("note", text=evil)
     page = await visit.get()

@@ -25,12 +25,11 @@ from hypothesis import strategies as st
 
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
-from coordinator.store.records import NewEvent, RunRecord, dumps, loads, summarise
+from coordinator.store.records import NewEvent, RunRecord, dumps, loads
 from coordinator.store.sql import Store
 from foundation.artifact import Manifest
-from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.errors import StoreError
-from foundation.messages import AgentCard, Update
+from foundation.messages import AgentCard
 from foundation.normalisation import Normalisation
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -358,36 +357,6 @@ def test_two_stores_on_one_folder_do_not_sweep_each_others_blobs(tmp_path: Path)
             assert sum(sweeps.result()) == 0
         for i in range(30):
             assert len(writer.update_frame("r1", 1, f"a{i}")) == 64
-
-
-def test_the_summary_of_an_update_has_everything_but_the_arrays() -> None:
-    reading = EnergyReading(
-        joules=3.5, seconds=2, kind=Kind.MODELLED, scope=Scope.BOARD_DC, sensor="utilisation"
-    )
-    update = Update(
-        run="r",
-        round=1,
-        agent="a",
-        examples=9,
-        metrics={"accuracy": 0.5},
-        kept_units=(3, 4),
-        ledger={Stage.TRAIN: reading},
-        received_bytes=77,
-        artifact=manifest(),
-    )
-    summary = loads(dumps(summarise(update, wire_bytes=1234)))
-    assert summary["artifact"] == manifest().sha256
-    assert summary["wire_bytes"] == 1234
-    assert EnergyReading.model_validate(summary["ledger"]["train"]) == reading
-    assert set(summary) == {
-        "examples",
-        "metrics",
-        "kept_units",
-        "ledger",
-        "received_bytes",
-        "artifact",
-        "wire_bytes",
-    }
 
 
 @settings(max_examples=40, deadline=None)

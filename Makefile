@@ -1,0 +1,42 @@
+# make demo: set up and run a whole federation on this machine.  make test: set up and run the tests.
+# make check: format, lint, types, import contracts.  All need Python 3.11+ and nothing else installed.
+
+PYTHON ?= python3
+VENV   := .venv
+PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input
+
+.PHONY: demo test check fix bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/hedgerow demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.dev
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ./check
+
+fix: $(VENV)/.dev
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ./check --fix
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python bench/main_job.py $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Hedgerow needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "python -m venv failed; on Debian and Raspberry Pi OS: apt install python3-venv"; exit 2; }
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "setting up $(VENV): about two minutes, once"
+	$(PIP) -e '.[demo]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "setting up $(VENV): about two minutes, once"
+	$(PIP) -e '.[dev]' -c constraints.txt
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

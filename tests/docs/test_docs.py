@@ -1,0 +1,330 @@
+"""The pages say what the code does: blocks run, tables equal the code, links lead somewhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from fastapi import FastAPI
+from pydantic.fields import FieldInfo
+from typer.testing import CliRunner
+
+from coordinator.app import create_app
+from coordinator.live import Live
+from coordinator.settings import CoordinatorSettings
+from coordinator.strategies.base import available, load_strategy
+from coordinator.web.models import StartRun, StopRun
+from edge_agent.datasets import load as load_data
+from edge_agent.samples import COMMON, KEYS, DataSettings
+from edge_agent.settings import AgentSettings
+from foundation import settings, topics
+from foundation.profile import DeviceProfile
+from foundation.transport import matches
+from hedgerow.cli import app
+from tests.docs.pages import (
+    CODE,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    kind_of,
+    leaves,
+    messages,
+    names_in,
+    rows,
+    section,
+    settings_in,
+    text_of,
+)
+
+MODELS = {"agent": AgentSettings, "coordinator": CoordinatorSettings}
+LONGEST = {"algorithms": 220, "operations": 220, "data": 180, "architecture": 200}
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def each(found: list[Block]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block", found, ids=map(str, found))
+
+
+def example(kind: str) -> Block:
+    """The complete, commented file of operations.md."""
+    return next(b for b in blocks("toml") if b.page == "docs/operations.md" and kind_of(b) == kind)
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+@each(blocks("toml"))
+def test_settings_load(block: Block, tmp_path: Path) -> None:
+    kind = kind_of(block)
+    assert kind in (*MODELS, "profile"), "say which: ```toml agent, coordinator or profile"
+    file = tmp_path / f"{kind}.toml"
+    file.write_text(block.text)
+    if kind == "profile":
+        DeviceProfile.load(file)
+        return
+    loaded, _ = settings.load(MODELS[kind], file)
+    if isinstance(loaded, CoordinatorSettings):
+        load_strategy(loaded.run.strategy, loaded.run.settings)
+
+
+@pytest.mark.parametrize("kind", ["coordinator", "agent"])
+def test_the_examples_have_every_setting(kind: str) -> None:
+    told, known = settings_in(example(kind).text), leaves(MODELS[kind])
+    if kind == "agent":  # the broker's are in the coordinator's example, the data's in data.md
+        elsewhere = ("mqtt.", "data.")
+        told = {key: value for key, value in told.items() if not key.startswith(elsewhere)}
+        known = {key: field for key, field in known.items() if not key.startswith(elsewhere)}
+    told = {"run.settings" if key.startswith("run.settings") else key: told[key] for key in told}
+    assert told.keys() == known.keys()
+
+
+@pytest.mark.parametrize("kind", ["coordinator", "agent"])
+def test_what_is_commented_out_is_the_default(kind: str) -> None:
+    known = leaves(MODELS[kind])
+    for key, (value, commented) in settings_in(example(kind).text).items():
+        if commented and _plain(known[key]) is not None:
+            assert value == _plain(known[key]), key
+
+
+def _plain(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=True)
+    return str(default) if isinstance(default, Path) else default
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_every_key_of_a_data_kind_is_in_its_section(kind: str) -> None:
+    text = section("docs/data.md", f'kind = "{kind}"')
+    (block,) = [b for b in blocks("toml") if b.page == "docs/data.md" and f'kind = "{kind}"' in b.text]
+    told = {key.removeprefix("data.") for key in settings_in(block.text)}
+    missing = {key for key in KEYS[kind] - told if f"`{key}`" not in text}
+    assert not missing
+    assert told <= KEYS[kind] | COMMON
+
+
+def test_every_key_of_data_is_told() -> None:
+    page = text_of("docs/data.md")
+    fields = DataSettings.model_fields
+    assert {key for key in fields if f"`{key}`" not in page and f"{key} = " not in page} == set()
+    for key in ("validation", "test", "split_seed"):
+        assert f"`{key}` ({fields[key].default})" in page
+
+
+def test_the_data_function_of_the_page_is_taken(tmp_path: Path) -> None:
+    (code,) = [b for b in blocks("python") if b.page == "docs/data.md"]
+    (toml,) = [b for b in blocks("toml") if 'kind = "python"' in b.text]
+    (tmp_path / "my_data.py").write_text(code.text)
+    (tmp_path / "agent.toml").write_text(toml.text)
+    loaded, _ = settings.load(AgentSettings, tmp_path / "agent.toml")
+    data = load_data(loaded.data)
+    assert (data.input, data.shape, data.labels) == ("series", (64, 3), ("still", "moving"))
+
+
+@pytest.mark.parametrize("strategy", available())
+def test_every_setting_of_a_strategy_is_in_the_table(strategy: str) -> None:
+    told: dict[str, Any] = {}
+    for name, default, where, _ in rows(text_of("docs/algorithms.md"), "setting"):
+        if where == "all" or strategy in where.split(", "):
+            told[name.strip("`")] = json.loads(default.strip("`"))
+    fields = type(load_strategy(strategy)).model_fields
+    assert told == {name: field.default for name, field in fields.items()}
+
+
+def test_every_strategy_has_a_section() -> None:
+    headings = re.findall(r"^## (\w+)$", text_of("docs/algorithms.md"), re.MULTILINE)
+    assert set(available()) <= set(headings)
+
+
+ENVIRONMENT = sorted(
+    {
+        found
+        for page in PAGES
+        for found in re.findall(r"\b(?:AGENT|COORDINATOR)__\w+=[\w.]+", page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize("variable", ENVIRONMENT)
+def test_variables_of_the_environment_are_read(variable: str, tmp_path: Path) -> None:
+    name, _, value = variable.partition("=")
+    kind = name.partition("__")[0].lower()
+    (tmp_path / "it.toml").write_text(example(kind).text)
+    program = {"agent": "edge_agent", "coordinator": "coordinator"}[kind]
+    command = [sys.executable, "-m", program, "--config", str(tmp_path / "it.toml"), "--print-settings"]
+    said = subprocess.run(
+        command, env={**os.environ, name: value}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.search(rf"{re.escape(value)}\s+{name}$", said.stdout, re.MULTILINE)
+
+
+# --- commands --------------------------------------------------------------------------------------
+
+
+def commands(program: str) -> list[tuple[Block, list[str]]]:
+    """Return the command lines of a program in all shell blocks, cut into words."""
+    found = []
+    for block in blocks("sh", "bash", "console"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words and Path(words[0]).name == program:
+                found.append((block, words))
+    return found
+
+
+HEDGEROW = commands("hedgerow")
+
+
+@pytest.mark.parametrize(("block", "words"), HEDGEROW, ids=[" ".join(words) for _, words in HEDGEROW])
+def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
+    if words[1].startswith("-"):
+        assert CliRunner().invoke(app, words[1:]).exit_code == 0
+        return
+    verb, arguments = words[1], words[2:]
+    assert verb in COMMANDS
+    options = options_of(verb)
+    for word in arguments:
+        if word.startswith("-"):
+            assert word.partition("=")[0] in options, f"{block}: {verb} has no {word}"
+    if verb in MODELS:
+        given = [after for word, after in itertools.pairwise(arguments) if word == "--set"]
+        file = tmp_path / "it.toml"
+        file.write_text(example(verb).text)
+        settings.load(MODELS[verb], file, None, given)
+
+
+def options_of(verb: str) -> set[str]:
+    declared = {option for parameter in COMMANDS[verb].params for option in parameter.opts}
+    if declared:
+        return declared | {"--help", "-h"}
+    # Verbs that pass their options on say them themselves.
+    return set(re.findall(r"--?[a-z][\w-]*", CliRunner().invoke(app, [verb, "--help"]).output))
+
+
+@pytest.fixture(scope="module")
+def web() -> FastAPI:
+    class Nobody:
+        async def start(self, request: StartRun) -> None: ...
+        async def stop(self, reason: str) -> None: ...
+
+    return create_app(None, Live(), Nobody())  # type: ignore[arg-type]  # no route is called
+
+
+CURLS = [words for _, words in commands("curl")]
+
+
+@pytest.mark.parametrize("words", CURLS, ids=map(" ".join, CURLS))
+def test_addresses_exist(words: list[str], web: FastAPI) -> None:
+    (url,) = [word for word in words if word.startswith("http://")]
+    path = re.sub(r"^http://[^/]+|\?.*$", "", url)
+    if not path.startswith("/api/"):
+        assert f'"{path}"' in (ROOT / "edge_agent/serving/http.py").read_text()
+        json.loads(words[words.index("-d") + 1])
+        return
+    method = words[words.index("-X") + 1].lower() if "-X" in words else "get"
+    known = [
+        re.sub(r"\{\w+\}", r"[^/]+", p) for p, verbs in web.openapi()["paths"].items() if method in verbs
+    ]
+    assert any(re.fullmatch(pattern, path) for pattern in known)
+    if "-d" in words:
+        model = StopRun if path.endswith("/stop") else StartRun
+        model.model_validate_json(words[words.index("-d") + 1])
+
+
+@each(blocks("python"))
+def test_python_runs(block: Block) -> None:
+    exec(compile(block.text, str(block), "exec"), {"__name__": "page"})
+
+
+# --- what is quoted --------------------------------------------------------------------------------
+
+QUOTED = [
+    (page.name, cells[0].strip("`"))
+    for page in PAGES
+    for cells in rows(page.read_text(encoding="utf-8"), "message")
+]
+
+
+@pytest.mark.parametrize(("page", "message"), QUOTED)
+def test_messages_are_those_of_the_code(page: str, message: str) -> None:
+    assert any(message in text for text in messages())
+
+
+def test_the_messages_are_found() -> None:
+    assert len(QUOTED) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_exist(page: Path) -> None:
+    for file, name in re.findall(rf"`((?:{'|'.join(CODE)})/[\w/]+\.py)(?::([\w.]+))?`", page.read_text()):
+        assert (ROOT / file).is_file(), file
+        assert not name or name in names_in(file), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize(("page", "lines"), LONGEST.items())
+def test_pages_are_short(page: str, lines: int) -> None:
+    assert len(text_of(f"docs/{page}.md").splitlines()) < lines
+
+
+# --- the map ---------------------------------------------------------------------------------------
+
+
+def test_every_module_is_on_the_map() -> None:
+    (block,) = blocks("map")
+    told, folder = set(), ""
+    for line in block.text.splitlines():
+        entry = line.split()[0]
+        folder = folder if line.startswith(" ") else entry
+        if line.startswith(" "):
+            told.add(folder + entry)
+    files = {p.relative_to(ROOT).as_posix() for name in CODE for p in (ROOT / name).rglob("*.py")}
+    assert told == {file for file in files if not file.endswith("__init__.py")}
+
+
+# --- the broker's access list ----------------------------------------------------------------------
+
+
+def allowed(user: str, access: str, topic: str) -> bool:
+    """Whether the page's ACL lets a user `read` or `write` a topic; as Mosquitto reads it."""
+    (block,) = blocks("acl")
+    who = ""
+    for line in filter(None, block.text.splitlines()):
+        word, rest = line.split(" ", 1)
+        if word == "user":
+            who = rest
+            continue
+        right, pattern = rest.split(" ", 1)
+        applies = word == "pattern" or who == user
+        if applies and right in (access, "readwrite") and matches(pattern.replace("%u", user), topic):
+            return True
+    return False
+
+
+def test_the_access_list_lets_everyone_do_their_part_and_no_more() -> None:
+    home = topics.Topics("home")
+    listed = re.findall(r"/agents/\{agent\}/(\w+) +(\w+)", topics.__doc__ or "")
+    assert len(listed) == 9
+    for what, writer in listed:
+        mine, other = home.of("pi-kitchen", what), home.of("pi-garden", what)
+        assert allowed("pi-kitchen", "write" if writer == "agent" else "read", mine)
+        assert not allowed("pi-kitchen", "write", other)
+        assert not allowed("pi-kitchen", "read", other)
+        assert allowed("coordinator", "write" if writer == "coordinator" else "read", mine)
+    assert allowed("pi-kitchen", "read", home.coordinator_presence)
+    assert not allowed("pi-kitchen", "write", home.coordinator_presence)
+    assert not allowed("stranger", "read", home.of("pi-kitchen", "update"))
