@@ -20,6 +20,7 @@ from coordinator.engine import Engine
 from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
 from coordinator.store.sql import Store
+from coordinator.strategies.base import load_strategy
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
 from foundation.lock import hold
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the coordinator until it is told to stop; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        loaded, origins = settings.load(CoordinatorSettings, arguments.config, os.environ, arguments.set)
+        loaded, origins = settings.load(
+            CoordinatorSettings, arguments.config, os.environ, arguments.set, prefix="COORDINATOR"
+        )
+        load_strategy(loaded.run.strategy, loaded.run.settings)  # said before anything is connected
         if arguments.print_settings:
             sys.stdout.write(settings.show(loaded, origins) + "\n")
             return 0

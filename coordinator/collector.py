@@ -82,7 +82,9 @@ class Collector:
         while not self._may_close():
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), TICK_S)
+                # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
+                async with asyncio.timeout(TICK_S):
+                    await self._changed.wait()
             except TimeoutError:
                 continue
         if len(self.updates) < self.needed:

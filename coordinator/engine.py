@@ -187,8 +187,17 @@ class Engine:
                 self.live.emit("run_resumed", f"run {record.run} resumed", run=record.run)
                 self._launch(course.settings, course)
                 return
-        if self.settings.autostart:
-            self._launch(self.settings.run)
+        if not self.settings.autostart:
+            return
+        run = self.settings.run
+        if run.name in {r.run for r in await asyncio.to_thread(self.store.runs) if r.state == "finished"}:
+            text = f"run {run.name} is finished: give run.name another value to start a new one"
+            logger.info(text)
+            self.live.emit("run_known", text, run=run.name)
+            self.outcome = "finished"
+            self.finished.set()
+            return
+        self._launch(run)
 
     def _launch(self, run: RunSettings, course: Course | None = None) -> None:
         checked_name(run.name, "run")
@@ -367,7 +376,7 @@ class Engine:
             frame = await asyncio.to_thread(self.store.update_frame, run.name, number, record.agent)
             collector.add(update_from(frame))
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
-        frames = {a.agent: await asyncio.to_thread(frame_of, a) for a in assignments}
+        frames = {a.agent: await asyncio.to_thread(frame_of, a, run.encoding) for a in assignments}
         here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {})
         async with self._opened:
             self._open = here
@@ -473,7 +482,8 @@ class Engine:
                 if self._run is None or self._run.done():
                     raise WorkRefused(f"run {update.run!r} is over")
                 try:
-                    await asyncio.wait_for(self._opened.wait(), 1.0)
+                    async with asyncio.timeout(1.0):  # not `wait_for`: it can lose a cancellation
+                        await self._opened.wait()
                 except TimeoutError:
                     continue
             here = self._open

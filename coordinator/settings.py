@@ -11,6 +11,7 @@ from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
 from foundation.spec import ModelSpec
+from foundation.work import Encoding
 
 IMAGE_TOKENS = 16
 SERIES_TOKENS = 8
@@ -78,6 +79,8 @@ class RunSettings(Frozen):
     """Export personal models every so many rounds; the last round always does."""
     export: bool = True
     """Whether personal models are exported at all."""
+    encoding: Encoding = "float32"
+    """How parameters travel down; the strategy's own `encoding` is how they travel up."""
     model: ModelSettings = ModelSettings()
 
     def exports(self, number: int) -> bool:

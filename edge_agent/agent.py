@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ import psutil
 from pydantic import ValidationError
 
 from edge_agent.energy.meter import Meter
+from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving.child import ServingChild
 from edge_agent.settings import AgentSettings
@@ -46,7 +47,7 @@ from foundation.parameters import Array, Parameters, role_of
 from foundation.spec import initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
-from foundation.transport import Transport
+from foundation.transport import Letter, Transport
 from foundation.work import TERMS, LocalWork
 
 if TYPE_CHECKING:
@@ -203,12 +204,14 @@ class Agent:
 
     async def _live(self) -> None:
         commands = await self.transport.subscribe(self._topic("command"))
+        coordinators = await self.transport.subscribe(self.topics.coordinator_presence)
         await self._look_at_data()
         self._resume()
         await self._introduce()
         async with asyncio.TaskGroup() as tasks:
             for life in (self._work_on, self._deliver, self._report, self._watch_data):
                 tasks.create_task(life())
+            tasks.create_task(self._greet(coordinators))
             if self._recorder is not None:
                 tasks.create_task(self._recorder.run(self.transport))
             async for letter in commands:
@@ -220,6 +223,21 @@ class Agent:
         presence = Presence(state="online", session=self._session)
         await self._publish("card", self.card().model_dump_json(), retain=True)
         await self._publish("presence", presence.model_dump_json(), retain=True)
+
+    async def _greet(self, letters: AsyncIterator[Letter]) -> None:
+        """Introduce this agent to a coordinator that comes online: what the broker kept for it may be lost.
+
+        A broker that was killed has lost it, and NATS now and then drops what is published while somebody
+        is just subscribing.
+        """
+        async for letter in letters:
+            try:
+                presence = Presence.model_validate_json(letter.body)
+            except ValidationError as error:
+                logger.warning("coordinator's presence not understood", extra={"reason": str(error)})
+                continue
+            if presence.state == "online":
+                await self._introduce()
 
     def card(self) -> AgentCard:
         """Return who this agent is at present."""
@@ -283,8 +301,9 @@ class Agent:
         if any((out.run, out.round) == job.key for out in self.vault.outbox()):
             self._outbox.set()  # it is done already: the update is what is missing over there
             return
-        if self._current is not None and self._current.key == job.key:
-            return
+        now = self._current.key if self._current is not None else None
+        if now is not None and now[0] == job.key[0] and now[1] >= job.key[1]:
+            return  # in hand already, or a straggler of a round that is over
         await asyncio.to_thread(self.vault.receive, frame)
         self._call_off()
         self._enqueue(job)
@@ -341,8 +360,10 @@ class Agent:
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             self.vault.drop(job.frame)
-            self._courier.forget(self._topic("assignment"))  # offered again, it is looked at again
             await self._refuse(job.assignment, reason)
+            # Offered again, it is looked at again. Forgotten before the receipt has gone out, it would be
+            # offered again at once, for ever.
+            self._courier.forget(self._topic("assignment"))
 
     async def _refresh_data(self, run: str) -> None:
         """Look at the data anew when a run begins: a recorded stream has grown since."""
@@ -388,6 +409,7 @@ class Agent:
         spent = so_far(personal, self.meter.peek().get(Stage.TRAIN))
         own = outcome.parameters.only(a.work.keep)
         self.vault.save_personal(a.run, Personal(a.round, own, outcome.pruning_steps, spent))
+        give_back()  # exporting starts from a smaller peak
         artifact, problem = self._exported(a, data, outcome, spent)
         update = Update(
             run=a.run,
@@ -405,6 +427,7 @@ class Agent:
         )
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
         self.standing.accuracy = outcome.metrics["accuracy"]
+        give_back()
 
     def _exported(
         self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome, spent: EnergyReading
@@ -483,26 +506,28 @@ class Agent:
         await asyncio.to_thread(self.vault.delivered, outgoing.run, outgoing.round)
 
     async def _report(self) -> None:
-        last, process = 0.0, psutil.Process()
+        last, told, process = 0.0, Stage.IDLE, psutil.Process()
         while True:
             await asyncio.sleep(TELEMETRY_S)
-            busy = self.standing.stage not in (Stage.WAIT, Stage.IDLE)
-            if not busy and time.monotonic() - last < IDLE_TELEMETRY_S:
+            stage = self.standing.stage
+            quiet = stage in (Stage.WAIT, Stage.IDLE) and stage is told
+            if quiet and time.monotonic() - last < IDLE_TELEMETRY_S:
                 continue
-            last = time.monotonic()
+            last, told = time.monotonic(), stage
             telemetry = self.telemetry(process.memory_info().rss)
             await self._publish("telemetry", telemetry.model_dump_json(), qos=0)
 
     def telemetry(self, rss_bytes: int | None = None) -> Telemetry:
         """Return where this agent stands."""
         s = self.standing
+        working = s.stage not in (Stage.WAIT, Stage.IDLE)
         return Telemetry(
             agent=self.name,
             stage=s.stage,
             run=s.run,
             round=s.round,
-            progress=s.fraction,
-            eta_s=s.eta_s,
+            progress=s.fraction if working else None,
+            eta_s=s.eta_s if working else None,
             accuracy=s.accuracy,
             kept_units=s.kept_units,
             hidden_units=s.hidden_units,

@@ -81,7 +81,7 @@ class Update(Frozen):
     agent: str
     examples: int = Field(ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
-    """{loss,accuracy}_sent, loss, accuracy (test part, before and after), steps, step_seconds."""
+    """{loss,accuracy}_sent, loss, accuracy (test part, before and after), steps, step_ms."""
     kept_units: tuple[int, ...] = ()
     ledger: dict[Stage, EnergyReading] = Field(default_factory=dict)
     received_bytes: int = 0

@@ -536,7 +536,9 @@ class Courier:
                 probe_at, silent = self._clock() + self._resend_s * 2**silent, min(silent + 1, 3)
                 self._probe(out)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(out.changed.wait(), max(0.0, probe_at - self._clock()))
+                # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
+                async with asyncio.timeout(max(0.0, probe_at - self._clock())):
+                    await out.changed.wait()
 
     def _probe(self, out: _Outgoing) -> None:
         if not out.probing:

@@ -119,8 +119,8 @@ def simulate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har and shakespeare are looked for"
-            " in --data-dir."
+            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har and shakespeare are looked"
+            " for in --data-dir."
         ),
     ] = "digits",
     data_dir: Annotated[

@@ -279,7 +279,7 @@ def _rounds(report: SimulationReport) -> Table:
 def _devices(report: SimulationReport) -> Table:
     last = [d for d in report.devices if d.round == report.last.round]
     table = _table(
-        f"devices in round {report.last.round}: of {report.spec.depth} x {report.spec.hidden} FFL units, kept",
+        f"devices in round {report.last.round}, of {report.spec.depth} x {report.spec.hidden} FFL units",
         *("device", "examples", "sent", "after", "kept", "down", "up", "train s"),
     )
     for d in last[:SHOWN_DEVICES]:

@@ -17,6 +17,7 @@ from coordinator.strategies.base import State
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
+from edge_agent.samples import LocalData
 from edge_agent.settings import AgentSettings
 from foundation.messages import Presence
 from foundation.profile import DeviceProfile
@@ -55,6 +56,7 @@ class Fleet:
     folder: Path
     dial: Dial
     run: RunSettings = field(default_factory=run_settings)
+    load: Callable[[int], LocalData] = toy_data
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -88,7 +90,8 @@ class Fleet:
                 meter=meter,
                 profile="unknown-linux",
                 threads=1,
-                load_data=lambda: toy_data(seed),
+                load_data=lambda: self.load(seed),
+                retry_s=0.05,
             )
             await self.agents[name].run()
 
@@ -122,9 +125,14 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet(folder: Path, dial: Dial, run: RunSettings | None = None) -> AsyncIterator[Fleet]:
+async def fleet(
+    folder: Path,
+    dial: Dial,
+    run: RunSettings | None = None,
+    load: Callable[[int], LocalData] = toy_data,
+) -> AsyncIterator[Fleet]:
     """A coordinator and agents d0, d1, d2, all started; everything is ended on the way out."""
-    whole = Fleet(folder, dial, run or run_settings())
+    whole = Fleet(folder, dial, run or run_settings(), load)
     try:
         for name in ("coordinator", "d0", "d1", "d2"):
             whole.start(name)

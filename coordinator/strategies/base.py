@@ -138,10 +138,6 @@ class Strategy(Frozen, ABC):
     def personal(self, state: State, agent: str) -> Parameters:
         """Return what goes down to this agent at this state."""
 
-    def takes_late(self) -> bool:
-        """Whether an update of an earlier round may still be merged."""
-        return False
-
     def work(self, **changes: Any) -> LocalWork:
         """Return local work with this strategy's common settings and `changes` on top."""
         settings: dict[str, Any] = {

@@ -30,7 +30,8 @@ class PflTpp(FedTP):
     personal_head: bool = True
     ffl: Literal["own", "mean_of_keepers", "mean"] = "own"
     uplink: Literal["full", "topk", "embed"] = "full"
-    """What teaches the hypernetwork: the whole attention change, its `topk` share, or nothing (`embed`)."""
+    """What teaches the hypernetwork: the whole attention change, its `topk` share, or nothing: with `embed`
+    attention stands still on the device, as what it learned there would be replaced by the next one."""
     target: float = Field(0.9, ge=0, lt=1)
     """Share of FFL units that should be gone."""
     floor: int = Field(4, ge=1)
@@ -100,10 +101,11 @@ class PflTpp(FedTP):
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
 
     def _phases(self) -> tuple[Phase, ...]:
-        whole = Phase(epochs=self.epochs, learning_rate=self.learning_rate)
+        moving = EVERYTHING - ATTENTION if self.uplink == "embed" else EVERYTHING
+        whole = Phase(train=moving, epochs=self.epochs, learning_rate=self.learning_rate)
         if not self.lean or self.epochs < 2:
             return (whole,)
-        first = Phase(epochs=1, learning_rate=self.learning_rate)
+        first = whole.model_copy(update={"epochs": 1})
         rest = EVERYTHING - ATTENTION - {Role.REST}
         return (first, Phase(train=rest, epochs=self.epochs - 1, learning_rate=self.learning_rate))
 

@@ -29,6 +29,7 @@ from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.messages import AgentCard, Json
 from foundation.topics import checked_name
+from foundation.work import Encoding
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class StartRun(Frozen):
             "examples": [
                 {
                     "name": "greenhouse-1",
-                    "strategy": "fedper",
+                    "strategy": "fedtp",
                     "settings": {"epochs": 1, "learning_rate": 0.05},
                     "rounds": 10,
                     "seed": 7,
@@ -70,6 +71,7 @@ class StartRun(Frozen):
     """Seconds to wait for `min_agents`."""
     export_every: int | None = Field(None, ge=0)
     export: bool | None = None
+    encoding: Encoding | None = None
     model: ModelSettings | None = None
 
     @field_validator("name")

@@ -81,7 +81,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.serving", description=__doc__)
+    parser = argparse.ArgumentParser(prog="hedgerow serve", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with a `current` artifact, or one artifact")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8090, help="0 picks a free one")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from edge_agent.samples import LocalData, Part
+from edge_agent.training.optimizer import Adam, Sgd
 from edge_agent.training.pruning import Pruner, compacted, masks_of, scattered
 from edge_agent.training.terms import ProximalPull
 from foundation.artifact import Probe
@@ -180,10 +181,8 @@ def _pruner(
 def _optimizer(model: Transformer, work: LocalWork) -> torch.optim.Optimizer:
     rate = work.phases[0].learning_rate if work.phases else 1e-3
     if work.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), rate, momentum=work.momentum, weight_decay=work.weight_decay
-        )
-    return torch.optim.AdamW(
+        return Sgd(model.parameters(), rate, momentum=work.momentum, weight_decay=work.weight_decay)
+    return Adam(
         model.parameters(),
         rate,
         betas=(work.momentum, work.beta2),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ from tests.docs.pages import (
     text_of,
 )
 
-MODELS = {"agent": AgentSettings, "coordinator": CoordinatorSettings}
+MODELS: dict[str, type[BaseModel]] = {"agent": AgentSettings, "coordinator": CoordinatorSettings}
 LONGEST = {"algorithms": 220, "operations": 220, "data": 180, "architecture": 200}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -1,0 +1,277 @@
+"""One agent over the broker inside this process: its introduction, what it takes, what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.strategies.base import load_strategy
+from edge_agent.agent import OFFLINE, Agent
+from edge_agent.datasets import DataSettings, load
+from edge_agent.energy.meter import Meter
+from edge_agent.samples import LocalData
+from edge_agent.settings import AgentSettings
+from edge_agent.vault import Vault
+from foundation.codec import frame_of, update_from
+from foundation.errors import DataError
+from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Update
+from foundation.profile import DeviceProfile
+from foundation.topics import Topics
+from foundation.transfer import Courier
+from foundation.transport import MemoryBroker, MemoryTransport
+from tests.toys import LABELS, SPEC, ToyFederation, toy_data
+
+pytestmark = pytest.mark.anyio
+
+TOPICS = Topics("test")
+
+
+@contextlib.asynccontextmanager
+async def agent_on(
+    broker: MemoryBroker, folder: Path, load_data: Callable[[], LocalData]
+) -> AsyncIterator[Agent]:
+    settings = AgentSettings(
+        agent="d0", federation="test", vault=folder / "d0", data=DataSettings(kind="builtin")
+    )
+    will = (TOPICS.of("d0", "presence"), OFFLINE.model_dump_json().encode())
+    with Meter(DeviceProfile.load("unknown-linux")) as meter:
+        agent = Agent(
+            settings,
+            transport=MemoryTransport(broker, will=will),
+            meter=meter,
+            profile="unknown-linux",
+            threads=1,
+            load_data=load_data,
+            retry_s=0.02,
+        )
+        life = asyncio.create_task(agent.run())
+        try:
+            await until(lambda: life.done() or TOPICS.of("d0", "presence") in broker.retained)
+            if life.done():
+                life.result()
+            yield agent
+        finally:
+            life.cancel()
+            await asyncio.wait([life])
+
+
+@dataclass
+class Coordinator:
+    """The other end of the wire: sends assignments, keeps updates and refusals."""
+
+    courier: Courier
+    updates: list[Update] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    async def ask(self, assignment: Assignment) -> None:
+        await self.courier.send(TOPICS.of("d0", "assignment"), frame_of(assignment), deadline_s=20)
+
+
+@contextlib.asynccontextmanager
+async def coordinator_on(broker: MemoryBroker) -> AsyncIterator[Coordinator]:
+    transport = MemoryTransport(broker)
+    found: list[Coordinator] = []
+
+    async def arrived(topic: str, frame: bytes, wire_bytes: int) -> None:
+        found[0].updates.append(update_from(frame))
+
+    async def refusals() -> None:
+        async for letter in await transport.subscribe(TOPICS.of("d0", "refusal")):
+            found[0].refusals.append(Refusal.model_validate_json(letter.body))
+
+    courier = Courier(
+        transport,
+        frames=TOPICS.of("d0", "update"),
+        receipts=TOPICS.of("d0", "received"),
+        receipt_topic=lambda _: TOPICS.of("d0", "receipt"),
+        handle=arrived,
+    )
+    found.append(Coordinator(courier))
+    async with transport, courier:
+        listening = asyncio.create_task(refusals())
+        await asyncio.sleep(0)
+        yield found[0]
+        listening.cancel()
+
+
+def assignment(number: int = 1, *, epochs: int = 1) -> Assignment:
+    federation = ToyFederation(load_strategy("fedavg", {"epochs": epochs}), agents=1)
+    return federation.plan(federation.begin(), number)[0]
+
+
+async def until(condition: Callable[[], bool], within_s: float = 20) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def card_on(broker: MemoryBroker) -> AgentCard:
+    return AgentCard.model_validate_json(broker.retained[TOPICS.of("d0", "card")])
+
+
+def presence_on(broker: MemoryBroker) -> Presence:
+    return Presence.model_validate_json(broker.retained[TOPICS.of("d0", "presence")])
+
+
+async def test_an_agent_introduces_itself_and_says_goodbye(tmp_path: Path) -> None:
+    broker, data = MemoryBroker(), toy_data(0)
+    async with agent_on(broker, tmp_path, lambda: data):
+        card = card_on(broker)
+        assert (card.agent, card.examples, card.shape, card.labels) == ("d0", 48, SPEC.shape, LABELS)
+        assert card.problem is None
+        first = presence_on(broker)
+        assert first.state == "online"
+    assert presence_on(broker).state == "offline"
+    async with agent_on(broker, tmp_path, lambda: data):
+        await until(lambda: presence_on(broker).state == "online")
+        assert presence_on(broker).session != first.session, "a new process says so"
+
+
+async def test_a_coordinator_that_comes_online_is_introduced_to_again(tmp_path: Path) -> None:
+    """A broker that was killed has lost what it kept for those who come later."""
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, lambda: toy_data(0)):
+        before = presence_on(broker)
+        broker.retained.clear()
+        async with MemoryTransport(broker) as transport:
+            for body in (b"{", b'{"state":"offline"}'):
+                await transport.publish(TOPICS.coordinator_presence, body)
+            await asyncio.sleep(0.02)
+            assert not broker.retained
+            online = Presence(state="online", session="c").model_dump_json().encode()
+            await transport.publish(TOPICS.coordinator_presence, online)
+            await until(lambda: TOPICS.of("d0", "presence") in broker.retained)
+        assert card_on(broker).agent == "d0"
+        assert presence_on(broker) == before, "the same session: it has lost nothing"
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (None, None, "d0.npz"),
+        (np.full((60, 1, 4, 4), np.nan, np.float32), np.arange(60) % 3, "nan|not finite|not a number"),
+        (np.zeros((60, 1, 4, 4), np.float32), np.arange(59) % 3, "59"),
+        (np.zeros((0, 1, 4, 4), np.float32), np.arange(0), "0|empty|no "),
+    ],
+)
+async def test_wrong_data_are_said_on_the_card_until_they_are_repaired(
+    tmp_path: Path, x: np.ndarray | None, y: np.ndarray | None, words: str
+) -> None:
+    file, broker = tmp_path / "d0.npz", MemoryBroker()
+    if x is None or y is None:
+        file.touch()
+    else:
+        np.savez(file, x=x, y=y)
+    settings = DataSettings(kind="npz", path=file, labels=LABELS)
+    async with agent_on(broker, tmp_path, lambda: load(settings)), coordinator_on(broker) as coordinator:
+        problem = card_on(broker).problem
+        assert problem is not None
+        assert re.search(words, problem, re.IGNORECASE), problem
+        assert problem.startswith("data: ")
+        assert (card_on(broker).input, card_on(broker).examples) == (None, 0)
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.refusals))
+        assert coordinator.refusals[0].reason == problem
+        good = toy_data(0).train
+        np.savez(file, x=good.x, y=good.y)
+        await until(lambda: card_on(broker).problem is None)
+        assert card_on(broker).examples > 0
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.updates))
+        assert coordinator.updates[0].examples == card_on(broker).examples
+
+
+async def test_data_of_another_shape_than_the_run_are_a_reason(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    other = SPEC.model_copy(update={"shape": (1, 8, 8)})
+    async with agent_on(broker, tmp_path, lambda: toy_data(0, spec=other)), coordinator_on(broker) as c:
+        await c.ask(assignment())
+        await until(lambda: bool(c.refusals))
+        assert "this device has image (1, 8, 8) with 3 classes, the run wants image (1, 4, 4)" in (
+            c.refusals[0].reason
+        )
+        assert Vault(tmp_path / "d0", "d0").waiting() is None, "it is not tried again by itself"
+
+
+async def test_an_assignment_that_comes_twice_is_worked_on_once(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, lambda: toy_data(0)), coordinator_on(broker) as c:
+        work = assignment()
+        await asyncio.gather(c.ask(work), c.ask(work))
+        await until(lambda: bool(c.updates))
+        await c.ask(work)
+        await asyncio.sleep(0.2)
+        assert len(c.updates) == 1
+
+
+async def test_work_that_was_called_off_is_refused_and_can_be_offered_again(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, lambda: toy_data(0)) as agent, coordinator_on(broker) as c:
+        long = assignment(epochs=1000)
+        await c.ask(long)
+        await until((tmp_path / "d0" / "work" / "checkpoint.safetensors").exists)
+        command = Command(verb="cancel", run=long.run, round=long.round, reason="stopped by hand")
+        await agent.transport.publish(TOPICS.of("d0", "command"), command.model_dump_json().encode())
+        await until(lambda: bool(c.refusals))
+        assert c.refusals[0].reason == "called off"
+        assert agent.vault.waiting() is None
+        await c.ask(assignment(2))
+        await until(lambda: bool(c.updates))
+        assert c.updates[0].round == 2
+
+
+async def test_a_straggler_of_an_older_round_does_not_end_the_newer_work(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, lambda: toy_data(0)) as agent, coordinator_on(broker) as c:
+        await c.ask(assignment(5, epochs=100))
+        await until((tmp_path / "d0" / "work" / "checkpoint.safetensors").exists)
+        await c.ask(assignment(4))
+        await until(lambda: bool(c.updates))
+        assert [u.round for u in c.updates] == [5]
+        assert c.refusals == []
+        assert agent.vault.waiting() is None
+
+
+async def test_an_agent_that_ends_in_its_work_goes_on_with_it(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    async with coordinator_on(broker) as c:
+        checkpoint = tmp_path / "d0" / "work" / "checkpoint.safetensors"
+        async with agent_on(broker, tmp_path, lambda: toy_data(0)):
+            await c.ask(assignment(epochs=100))
+            await until(checkpoint.exists)
+        assert checkpoint.exists()
+        assert c.updates == []
+        async with agent_on(broker, tmp_path, lambda: toy_data(0)):
+            await until(lambda: bool(c.updates))
+        async with agent_on(broker, tmp_path / "other", lambda: toy_data(0)):
+            await c.ask(assignment(epochs=100).model_copy(update={"deadline_s": 61.0}))
+            await until(lambda: len(c.updates) == 2)
+    broken, whole = c.updates
+    for name, array in whole.parameters.items():
+        assert array.tobytes() == broken.parameters[name].tobytes(), name
+
+
+async def test_work_in_hand_that_cannot_be_read_is_dropped(tmp_path: Path) -> None:
+    vault = Vault(tmp_path / "d0", "d0")
+    vault.receive(b"not a frame")
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, lambda: toy_data(0)) as agent:
+        assert agent.vault.waiting() is None
+        assert presence_on(broker).state == "online"
+
+
+async def test_data_that_break_between_two_rounds_do_not_end_the_agent(tmp_path: Path) -> None:
+    def unreadable() -> LocalData:
+        raise DataError("the card was pulled out")
+
+    broker = MemoryBroker()
+    async with agent_on(broker, tmp_path, unreadable):
+        assert card_on(broker).problem == "data: the card was pulled out"
+        assert presence_on(broker).state == "online"
