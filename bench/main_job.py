@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +156,7 @@ def step(arguments: argparse.Namespace) -> Section:
     section = Section(
         "step",
         "width 128, depth 2, 16 tokens, batch 32, ffl_ratio 4, 95 % of FFL units gone; one thread, CPU time,"
-        f" interleaved in fours, median of {arguments.repeats}",
+        f" interleaved in fours, {arguments.repeats} steps of each, medians of ratios within a turn",
     )
     spec = ModelSpec(input="image", shape=(1, 28, 28), classes=10, width=128, depth=2, patch=7)
     assert spec.tokens == 16
@@ -192,8 +193,8 @@ def step(arguments: argparse.Namespace) -> Section:
         torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
         optimizers[name].step()
 
-    plain = interleaved({n: lambda n=n: forward_backward(n) for n in models}, arguments.repeats)
-    whole = interleaved({n: lambda n=n: with_optimizer(n) for n in models}, arguments.repeats)
+    plain = interleaved({n: partial(forward_backward, n) for n in models}, arguments.repeats)
+    whole = interleaved({n: partial(with_optimizer, n) for n in models}, arguments.repeats)
     cached = {}
     for name, model in models.items():
         for key, parameter in model.named_parameters():
@@ -206,24 +207,26 @@ def step(arguments: argparse.Namespace) -> Section:
         model.zero_grad(set_to_none=True)
         loss_of(model(cached[name], start=model.frozen_stages()), y).backward()  # type: ignore[no-untyped-call]
 
-    thrifty = interleaved({n: lambda n=n: lean_step(n) for n in models}, arguments.repeats)
+    thrifty = interleaved({n: partial(lean_step, n) for n in models}, arguments.repeats)
     dense, ms = plain["dense"], 1000
     section.bars += [
-        Bar("cut: forward and backward cheaper than dense", 100 * (1 - plain["cut"] / dense), "%", 45),
-        Bar("cut over a model born at that size", plain["cut"] / plain["born"], "x", 1.1, "at most"),
-        Bar("zeros at the old shape over dense (control)", plain["zeros"] / dense, "x", 0.9),
-        Bar("  dense step", ms * dense, "ms"),
-        Bar("  cut step", ms * plain["cut"], "ms"),
-        Bar("  born step", ms * plain["born"], "ms"),
+        Bar("cut: forward and backward cheaper than dense", 100 * (1 - over(plain["cut"], dense)), "%", 45),
+        Bar("cut over a model born at that size", over(plain["cut"], plain["born"]), "x", 1.1, "at most"),
+        Bar("zeros at the old shape over dense (control)", over(plain["zeros"], dense), "x", 0.9),
+        Bar("  dense step", ms * statistics.median(dense), "ms"),
+        Bar("  cut step", ms * statistics.median(plain["cut"]), "ms"),
+        Bar("  born step", ms * statistics.median(plain["born"]), "ms"),
         Bar(
-            "  with clipping and Adam: cut cheaper than dense", 100 * (1 - whole["cut"] / whole["dense"]), "%"
+            "  with clipping and Adam: cut cheaper than dense",
+            100 * (1 - over(whole["cut"], whole["dense"])),
+            "%",
         ),
         Bar(
             "  lean phase: cut cheaper than dense, both cached",
-            100 * (1 - thrifty["cut"] / thrifty["dense"]),
+            100 * (1 - over(thrifty["cut"], thrifty["dense"])),
             "%",
         ),
-        Bar("  lean phase, cut, against a whole dense step", 100 * (1 - thrifty["cut"] / dense), "%"),
+        Bar("  lean phase, cut, against a whole dense step", 100 * (1 - over(thrifty["cut"], dense)), "%"),
     ]
     return section
 
@@ -248,8 +251,8 @@ IN_A_ROW = 4
 """Steps of one model before the next one's turn; the first is not counted, as it finds the others' caches."""
 
 
-def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Return the median CPU seconds of this thread for each, taken in turn so that all share the weather.
+def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Return CPU seconds of this thread by turn, taken in turn so that all share the weather.
 
     In training a model's step follows one of the same model, so here it does too.
     """
@@ -257,12 +260,19 @@ def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
     names = list(work)
     for turn in range(-(-repeats // (IN_A_ROW - 1))):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            row = []
             for number in range(IN_A_ROW):
                 begun = time.thread_time()
                 work[name]()
                 if number:
-                    taken[name].append(time.thread_time() - begun)
-    return {name: statistics.median(values) for name, values in taken.items()}
+                    row.append(time.thread_time() - begun)
+            taken[name].append(statistics.median(row))
+    return taken
+
+
+def over(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the median of the ratios within a turn: what slows a whole turn falls out."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 # --- a real fleet: agents as processes, the engine here --------------------------------------------

@@ -165,6 +165,8 @@ class Engine:
             run = RunSettings.model_validate({**self.settings.run.model_dump(), **given})
         except ValidationError as error:
             raise SettingsError(f"the run cannot be: {error}") from error
+        if await self._is_finished(run.name):
+            raise SettingsError(f"run {run.name!r} is finished: choose another name")
         self._launch(run)
 
     async def stop(self, reason: str) -> None:
@@ -190,7 +192,7 @@ class Engine:
         if not self.settings.autostart:
             return
         run = self.settings.run
-        if run.name in {r.run for r in await asyncio.to_thread(self.store.runs) if r.state == "finished"}:
+        if await self._is_finished(run.name):
             text = f"run {run.name} is finished: give run.name another value to start a new one"
             logger.info(text)
             self.live.emit("run_known", text, run=run.name)
@@ -198,6 +200,10 @@ class Engine:
             self.finished.set()
             return
         self._launch(run)
+
+    async def _is_finished(self, run: str) -> bool:
+        records = await asyncio.to_thread(self.store.runs)
+        return any(record.run == run and record.state == "finished" for record in records)
 
     def _launch(self, run: RunSettings, course: Course | None = None) -> None:
         checked_name(run.name, "run")
@@ -228,8 +234,6 @@ class Engine:
         """Wait for the agents and settle what the model is; a run that failed or was stopped goes on."""
         if await asyncio.to_thread(self.store.has_run, run.name):
             known = await asyncio.to_thread(self.store.run, run.name)
-            if known.state == "finished":
-                raise SettingsError(f"run {run.name!r} is finished: choose another name")
             await asyncio.to_thread(self.store.set_run_state, run.name, "running")
             self.live.emit("run_resumed", f"run {run.name} resumed", run=run.name)
             return Course.model_validate_json(known.settings_json)
@@ -429,13 +433,7 @@ class Engine:
         self.roster.heard(agent)
         await self._begun.wait()  # before that, every run would seem to be over
         try:
-            update = await asyncio.to_thread(update_from, frame)
-            if update.agent != agent:
-                raise FrameMismatch(f"an update of {update.agent!r} came on the topic of {agent!r}")
-            here = await self._round_of(update)
-            if here is None:
-                return  # known already: the agent may forget it
-            here.collector.check(update)
+            update, here = await self._checked(agent, frame)
         except WireError as error:
             self._malformed(agent, str(error))
             self._not_waited_for(agent, str(error))
@@ -443,6 +441,8 @@ class Engine:
         except WorkRefused as error:
             self.live.emit("late", f"{agent}: {error}", agent=agent)
             raise
+        if here is None:
+            return  # known already: the agent may forget it
         if update.artifact is not None:
             await asyncio.to_thread(self.store.add_artifact, update.artifact)
         summary = update_summary(update, wire_bytes)
@@ -464,6 +464,16 @@ class Engine:
             agent=agent,
             up_bytes=wire_bytes,
         )
+
+    async def _checked(self, agent: str, frame: bytes) -> tuple[Update, _Open | None]:
+        """Return an agent's update and the round it answers, `None` when it is stored already."""
+        update = await asyncio.to_thread(update_from, frame)
+        if update.agent != agent:
+            raise FrameMismatch(f"an update of {update.agent!r} came on the topic of {agent!r}")
+        here = await self._round_of(update)
+        if here is not None:
+            here.collector.check(update)
+        return update, here
 
     async def _round_of(self, update: Update) -> _Open | None:
         """Return the open round of an update, or `None` when it is stored already.
@@ -547,9 +557,9 @@ class Engine:
         self.live.presence(agent, entry.online)
         if was[0] != entry.online:
             self.live.emit(presence.state, f"{agent} is {presence.state}", agent=agent)
-        if entry.online and presence.session != was[1]:
+        if entry.online and (presence.session != was[1] or not was[0]):
             entry.session = presence.session
-            self._send(agent)  # a new process: it may have lost what it was sent
+            self._send(agent)  # a new process, or a new connection: something may have been lost
 
     async def _on_telemetry(self, agent: str, body: bytes) -> None:
         telemetry = Telemetry.model_validate_json(body)

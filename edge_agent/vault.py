@@ -238,7 +238,7 @@ class Vault:
 
 
 def _digest(arrays: Mapping[str, Array], meta: str) -> str:
-    """Return a digest of everything a file says; the format itself has none, and cards of flash memory rot."""
+    """Return a digest of everything a file says; the format itself has none, and flash memory rots."""
     result = hashlib.sha256(meta.encode())
     for name, array in arrays.items():
         result.update(f"|{name}|{array.dtype.str}|{array.shape}|".encode())

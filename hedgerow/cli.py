@@ -169,12 +169,14 @@ def simulate(
 ) -> None:
     """Run a federation of many virtual devices in this one process.
 
-    The engine and the agents are the real ones; only the network is a broker in memory. So it shows what a
-    strategy does to accuracy, units, bytes and seconds of work, for many devices and without any.
-    `hedgerow demo` runs the same as processes of their own over MQTT.
+    Engine and agents are the real ones; only the network is a broker in
+    memory. So it shows what a strategy does to accuracy, units, bytes and
+    seconds of work, for many devices and without any. `hedgerow demo` runs
+    the same as processes of their own over MQTT.
 
-    Accuracy "as sent" is of the model that comes down at the start of a round, "after training" of the same
-    after local work; both on each device's own held-out part.
+    Accuracy as "sent" is of the model that comes down at the start of a
+    round, "after" of the same after local training, both on each device's
+    own held-out part.
 
     Examples:
 

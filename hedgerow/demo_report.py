@@ -131,7 +131,7 @@ def show(report: DemoReport, console: Console) -> None:
     """Print the tables; each fits a terminal of 80 columns."""
     for table in (_learned(report), _shrunk(report), _stages(report)):
         console.print()
-        console.print(table)
+        _print(table, console)
     console.print(_energy_line(report), highlight=False)
     if report.samples:
         console.print()
@@ -141,8 +141,15 @@ def show(report: DemoReport, console: Console) -> None:
     console.print(f"the whole run took {report.seconds:.1f} s", highlight=False)
 
 
+def _print(table: Table, console: Console) -> None:
+    """Print a table below its title, which may be wider than the table."""
+    console.print(table.title, style="bold", highlight=False)
+    table.title = None
+    console.print(table)
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=title, box=None, pad_edge=False)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     return table
@@ -241,7 +248,7 @@ def _show_sample(sample: Sample, console: Console) -> None:
         for p, t in zip(sample.predicted, sample.truth, strict=True)
     ]
     table.add_row("truth", *marks)
-    console.print(table)
+    _print(table, console)
 
 
 def _ms(value: float | None) -> str:

@@ -20,9 +20,7 @@ from foundation.parameters import Parameters
 from foundation.spec import ModelSpec, initial_parameters
 from foundation.work import TERMS
 
-SPEC = ModelSpec(
-    input="image", shape=(1, 4, 4), classes=3, width=8, depth=2, heads=2, ffl_ratio=2, patch=2
-)
+SPEC = ModelSpec(input="image", shape=(1, 4, 4), classes=3, width=8, depth=2, heads=2, ffl_ratio=2, patch=2)
 LABELS = ("a", "b", "c")
 
 
@@ -125,9 +123,7 @@ class ToyFederation:
         own, steps = self.personal.get(assignment.agent, (Parameters(), 0))
         start = initial_parameters(self.spec, self.seed).updated(own).updated(assignment.parameters)
         data = self.data[assignment.agent]
-        task = Task(
-            self.spec, assignment.work, start, assignment.parameters, data, assignment.seed, steps
-        )
+        task = Task(self.spec, assignment.work, start, assignment.parameters, data, assignment.seed, steps)
         outcome = carry_out(task, Quiet())
         self.personal[assignment.agent] = (
             outcome.parameters.only(assignment.work.keep),

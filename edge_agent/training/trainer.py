@@ -355,7 +355,7 @@ def _restore(course: _Course, checkpoint: Checkpoint, task: Task) -> None:
     parameters = dict(course.model.named_parameters())
     for path, array in saved.under("state/").items():
         key, _, name = path.partition("/")
-        course.optimizer.state[parameters[name]][key] = torch.from_numpy(np.array(array))
+        course.optimizer.state[parameters[name]][key] = torch.tensor(np.asarray(array))
     counters = checkpoint.counters
     term = task.work.pruning()
     if term is not None:

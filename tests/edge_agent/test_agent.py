@@ -239,6 +239,7 @@ async def test_a_straggler_of_an_older_round_does_not_end_the_newer_work(tmp_pat
         assert agent.vault.waiting() is None
 
 
+@pytest.mark.slow
 async def test_an_agent_that_ends_in_its_work_goes_on_with_it(tmp_path: Path) -> None:
     broker = MemoryBroker()
     async with coordinator_on(broker) as c:

@@ -176,9 +176,7 @@ def test_an_empty_part_evaluates_to_zero_not_nan() -> None:
 def test_what_comes_back_is_what_was_asked() -> None:
     trained = initial_parameters(SPEC, 1)
     sent = initial_parameters(SPEC, 0).only({Role.ATTENTION, Role.REST})
-    work = LocalWork(
-        send=frozenset({Role.ATTENTION, Role.THRESHOLD}), change=frozenset({Role.ATTENTION})
-    )
+    work = LocalWork(send=frozenset({Role.ATTENTION, Role.THRESHOLD}), change=frozenset({Role.ATTENTION}))
     back = to_send(trained, sent, work)
     assert {role_of(n) for n in back} == {Role.ATTENTION, Role.THRESHOLD}
     name = "blocks.0.attention.qkv.weight"

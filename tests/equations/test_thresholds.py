@@ -29,9 +29,13 @@ def _lively(seed: int = 1) -> Parameters:
     rng = np.random.default_rng(seed)
     model = initial_parameters(SPEC, 0)
     return Parameters(
-        (n, (a + 0.1 * rng.standard_normal(a.shape)).astype(np.float32) if "ffl" in n and "threshold" not in n else a)
+        (n, (a + 0.1 * rng.standard_normal(a.shape)).astype(np.float32) if _weighs(n) else a)
         for n, a in model.items()
     )
+
+
+def _weighs(name: str) -> bool:
+    return "ffl" in name and "threshold" not in name
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,9 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
 ]
 
 every_strategy = pytest.mark.parametrize(
-    ("name", "settings"), VARIANTS, ids=[f"{n}-{'-'.join(map(str, s.values())) or 'plain'}" for n, s in VARIANTS]
+    ("name", "settings"),
+    VARIANTS,
+    ids=["-".join([name, *map(str, settings.values())]) for name, settings in VARIANTS],
 )
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from coordinator.strategies.base import available
+from edge_agent.samples import LocalData
 from foundation.transport import MemoryBroker
 from tests.fleet import fleet, memory, run_settings
-from tests.toys import same
+from tests.toys import SPEC, same, toy_data
 
 pytestmark = pytest.mark.anyio
 
@@ -76,16 +77,28 @@ async def test_a_coordinator_cut_off_in_a_round_resumes_it(tmp_path: Path) -> No
         assert [len(whole.store.updates("r", n)) for n in (1, 2, 3)] == [3, 3, 3]
 
 
+async def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    assert await _unbroken(tmp_path / "a", seed=1) != await _unbroken(tmp_path / "b", seed=0)
+
+
 async def test_an_agent_with_other_data_is_skipped_with_a_reason(tmp_path: Path) -> None:
-    async with fleet(tmp_path, memory(MemoryBroker()), run_settings(min_agents=3)) as whole:
+    wide = SPEC.model_copy(update={"shape": (1, 4, 6)})
+
+    def load(seed: int) -> LocalData:
+        return toy_data(seed, spec=wide if seed == 2 else SPEC)
+
+    async with fleet(tmp_path, memory(MemoryBroker()), run_settings(), load) as whole:
         assert await whole.finished() == "finished"
-    # the states of two different seeds differ: the test above would notice a constant
-    other = await _unbroken(tmp_path / "other", seed=1)
-    assert other != await _unbroken(tmp_path / "same", seed=0)
+        assert whole.engine is not None
+        assert whole.store is not None
+        await whole.engine.live.flush()
+        assert [u.agent for u in whole.store.updates("r", 1)] == ["d0", "d1"]
+        texts = [e.text for e in whole.store.latest_events(100)]
+        assert any("d2 skipped: its data (image (1, 4, 6)" in text for text in texts), texts
 
 
 async def test_too_few_agents_is_a_failed_run_with_a_reason(tmp_path: Path) -> None:
-    run = run_settings(min_agents=9, wait_s=0.5)
+    run = run_settings(min_agents=9, wait_s=3)
     async with fleet(tmp_path, memory(MemoryBroker()), run) as whole:
         assert await whole.finished() == "failed"
         assert whole.engine is not None

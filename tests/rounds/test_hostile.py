@@ -151,6 +151,7 @@ async def mallory(broker: MemoryBroker, name: str, refused: list[str]) -> AsyncI
         await asyncio.gather(*work)
 
 
+@pytest.mark.slow
 async def test_wrong_updates_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
     expected = await expected_state(tmp_path / "without")
     broker, refused = MemoryBroker(), list[str]()
@@ -316,6 +317,7 @@ def right_answer_of_nobody() -> Update:
 # --- faults of the line --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_lost_doubled_and_late_letters_cost_time_and_nothing_else(tmp_path: Path) -> None:
     expected = await expected_state(tmp_path / "without")
     broker, lines = MemoryBroker(), list[FaultyTransport]()
