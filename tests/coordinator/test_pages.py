@@ -92,13 +92,13 @@ def words(page: str) -> str:
 async def test_an_empty_page_says_what_to_do_next(visit: Visit) -> None:
     told = words(await visit.get())
     assert "No run is under way" in told
-    assert "hedgerow agent run" in told
+    assert "hedgerow agent --config agent.toml" in told
     visit.live.card(AgentCard(agent="pi", version="0", profile="p", examples=1))
     told = words(await visit.get())
     assert "1 agent known, none online" in told
     visit.live.presence("pi", online=True)
     told = words(await visit.get())
-    assert "1 of 1 agent online. Begin a run: hedgerow coordinator run" in told
+    assert "1 of 1 agent online. Begin a run: curl -X POST" in told
 
 
 @pytest.mark.anyio
