@@ -14,6 +14,7 @@ from pathlib import Path
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
+from edge_agent.memory import hold_little
 from edge_agent.settings import AgentSettings
 from edge_agent.stream import StreamRecorder
 from foundation import logs, settings
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(settings.show(loaded, origins) + "\n")
             return 0
         logs.setup(loaded.log_level)
+        hold_little()
         with hold(loaded.vault, "vault"):
             asyncio.run(_run(loaded))
     except SettingsError as error:
