@@ -79,7 +79,8 @@ def _open_builtin(settings: DataSettings, data_dir: Path | None) -> Source:
     folder = settings.path.expanduser() if settings.path else data_dir
     if folder is None and settings.name != "digits":
         raise DataError(
-            f"{settings.name} needs the folder of the data sets: set HEDGEROW_DATA, or path in [data]"
+            f"{settings.name} needs the folder of the data sets: give --data-dir, set HEDGEROW_DATA, or path"
+            " in [data]"
         )
     return BUILTIN[settings.name](folder or Path(), settings)
 

@@ -23,12 +23,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 
-from coordinator.strategies.base import Strategy
+from coordinator.strategies.base import Strategy, load_strategy
 from edge_agent.datasets import load
 from edge_agent.samples import DataSettings, LocalData
 from foundation.errors import HedgerowError, SettingsError
+from foundation.profile import DeviceProfile
 from hedgerow.broker import EmbeddedBroker
 from hedgerow.children import Child, spawn, stop_all
 from hedgerow.demo_report import DemoReport, Sample, gather, show
@@ -109,7 +111,7 @@ class Federation:
 
     def samples_of(self, index: int) -> LocalData:
         """Return what device `index` has, as its owner sees it."""
-        return load(DataSettings(**data_table(self.options, index)), self.options.data_dir)
+        return device_data(self.options, index)
 
 
 def run(options: DemoOptions) -> int:
@@ -159,9 +161,25 @@ def _run(options: DemoOptions, console: Console, stack: ExitStack) -> DemoReport
 
 
 def _check(options: DemoOptions) -> None:
+    """Say what cannot be before anything is started; raises `HedgerowError`."""
     if options.devices < 2:
         raise SettingsError("a federation needs at least 2 devices: give --devices 2 or more")
-    DataSettings(**data_table(options, 0))
+    if options.rounds < 1:
+        raise SettingsError("give --rounds 1 or more")
+    load_strategy(options.strategy, learning(options))
+    if options.profile != "auto":
+        DeviceProfile.load(options.profile)
+    device_data(options, 0)
+
+
+def device_data(options: DemoOptions, index: int) -> LocalData:
+    """Return what one device has; raises `DataError` or `SettingsError` in words."""
+    try:
+        settings = DataSettings(**data_table(options, index))
+    except ValidationError as error:
+        said = "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())
+        raise SettingsError(said) from error
+    return load(settings, options.data_dir)
 
 
 def data_table(options: DemoOptions, index: int) -> dict[str, Any]:
@@ -309,7 +327,7 @@ def _wait_for(federation: Federation, question: Any, within_s: float) -> Any:
 
 def _follow(federation: Federation, run: str, console: Console) -> None:
     deadline = time.monotonic() + federation.options.timeout_s
-    with Screen(console) as screen:
+    with Screen(console, run) as screen:
         while True:
             federation.check()
             status = federation.get("/api/v1/status")

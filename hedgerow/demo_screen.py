@@ -15,8 +15,8 @@ from rich.text import Text
 class Screen:
     """Shows the coordinator's status while a run is on."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, run: str) -> None:
+        self._console, self._run = console, run
         self._live = Live(console=console, refresh_per_second=8, transient=True)
         self._round = 0
 
@@ -37,25 +37,32 @@ class Screen:
         """Show a status; in a pipe, one line for each round."""
         if self._console.is_terminal:
             self._live.update(picture(status))
-        if status["round"] != self._round and status["round"]:
-            self._round = status["round"]
-            self._console.print(line(status), highlight=False)
+        if status["run"] != self._run:
+            return  # the run before this one is still on the screen
+        done = status["rounds"] if status["phase"] == "finished" else status["round"] - 1
+        while self._round < done:
+            self._round += 1
+            self._console.print(
+                f"round {self._round}/{status['rounds']} done  {figures(status)}", highlight=False
+            )
 
 
-def line(status: dict[str, Any]) -> str:
-    """Return one line about where the run is."""
+def figures(status: dict[str, Any]) -> str:
+    """Return mean accuracy, units kept and the time left, as last heard from the agents."""
     known = [a["accuracy"] for a in status["agents"] if a["accuracy"] is not None]
     accuracy = f"accuracy {sum(known) / len(known):.3f}" if known else "accuracy –"
     kept = [sum(a["kept_units"]) for a in status["agents"] if a["kept_units"]]
     dense = [len(a["kept_units"]) * (a["hidden_units"] or 0) for a in status["agents"] if a["kept_units"]]
     units = f"FFL units kept {sum(kept) / sum(dense):.0%}" if sum(dense) else "FFL units kept –"
-    eta = f"ETA {status['eta_s']:.0f} s" if status["eta_s"] is not None else "ETA –"
-    return f"round {status['round']}/{status['rounds']}  {accuracy}  {units}  {eta}"
+    eta = f"  about {status['eta_s']:.0f} s left" if status["eta_s"] else ""
+    return f"{accuracy}  {units}{eta}"
 
 
 def picture(status: dict[str, Any]) -> RenderableType:
     """Return the live picture: where the run is, and every device."""
-    head = Text(f"{status['phase']}   {line(status)}", style="bold")
+    head = Text(
+        f"round {status['round']}/{status['rounds']}  {status['phase']}  {figures(status)}", style="bold"
+    )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("device", "stage", "", "%", "ETA", "accuracy", "FFL units", "joules", "down", "up"):
         table.add_column(name, justify="left" if name in ("device", "stage", "") else "right", no_wrap=True)
