@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(settings.show(loaded, origins) + "\n")
             return 0
         logs.setup(loaded.log_level)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it lists its plug-ins at every start
         with hold(loaded.folder, "coordinator"):
             return asyncio.run(_run(loaded))
     except SettingsError as error:

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with hold(loaded.vault, "vault"):
             asyncio.run(_run(loaded))
     except SettingsError as error:
-        sys.stderr.write(f"hedgerow agent: {error}\n")
+        advice = "" if arguments.config else "; settings come from a file: --config agent.toml"
+        sys.stderr.write(f"hedgerow agent: {error}{advice}\n")
         return 2
     except HedgerowError as error:
         sys.stderr.write(f"hedgerow agent: {error}\n")
