@@ -593,7 +593,8 @@ class Engine:
             rounds = (await asyncio.to_thread(self.store.run, run)).rounds
             await asyncio.to_thread(self.store.set_run_state, run, state, reason)
         text = f"run {run} {state}" + (f": {reason}" if reason else "")
-        (logger.info if state == "finished" else logger.error)(text)
+        if state == "failed":
+            logger.error(text)
         self.live.phase(run, rounds, rounds, phase, {"reason": reason} if reason else {})
         self.live.emit(f"run_{state}", text, run=run)
         self.outcome = state

@@ -288,7 +288,9 @@ class Live:
         agent: str | None = None,
         **data: object,
     ) -> None:
-        """Tell the store, and then everybody who listens, that something happened; returns at once."""
+        """Tell log, store and then everybody who listens that something happened; returns at once."""
+        facts = {"run": run, "round": round}
+        logger.info(text, extra={name: value for name, value in facts.items() if value is not None})
         if self._pending.qsize() >= PENDING_EVENTS:
             self._refused += 1
             logger.error("event lost, the store is %d events behind: %s", PENDING_EVENTS, text)

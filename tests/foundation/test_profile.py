@@ -143,4 +143,4 @@ def test_a_model_must_rise_and_stay_at_its_scope():
 def test_threads_leave_a_core_and_never_exceed_the_machine():
     assert AgentDefaults().threads_of(4) == 3
     assert AgentDefaults().threads_of(1) == 1
-    assert AgentDefaults(threads=3).threads_of(2) == 2
+    assert AgentDefaults(threads=3).threads_of(2) == 1
