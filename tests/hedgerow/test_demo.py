@@ -131,7 +131,7 @@ def test_a_demo_that_is_interrupted_in_training_ends_everything_and_tidies_up(
         process.send_signal(number)
         printed, said = process.communicate(timeout=60)
         assert process.returncode == 130, (printed, said)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60  # it does not wait for the run
     assert len(processes) >= 4
     assert left(processes) == []
     assert not [*folder.glob("hedgerow-*")]
