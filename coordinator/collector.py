@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from foundation.codec import Expected, check_update
 from foundation.errors import FrameMismatch, QuorumMissed
 from foundation.messages import Assignment, Update
-from foundation.parameters import Layout, role_of
+from foundation.parameters import Layout
 
 TICK_S = 0.5
 
@@ -43,6 +43,8 @@ class Collector:
             raise FrameMismatch(f"agent {update.agent!r} was not asked in round {update.round}")
         layout = expected_layout(assignment)
         check_update(update, Expected(assignment.run, assignment.round, assignment.agent, layout))
+        if update.masks and assignment.work.layout == "flat":
+            raise FrameMismatch("masks came with a model whose layout is the device's own")
         hidden = assignment.spec.hidden
         for block, mask in update.masks.items():
             if mask.shape != (hidden,):
@@ -109,8 +111,9 @@ class Collector:
 def expected_layout(assignment: Assignment) -> Layout:
     """Return names and shapes of what an assignment asks back."""
     work, sent = assignment.work, assignment.parameters
-    return tuple(
-        (name, shape)
-        for name, shape in assignment.spec.layout
-        if (role := role_of(name)) in work.send and (role not in work.change or name in sent)
-    )
+    if work.embedding_fit() is not None:
+        return (("embedding", sent["embedding"].shape),)
+    teacher = sent.prefixed_only("teacher/").layout if work.distillation() is not None else ()
+    if work.layout == "flat":
+        return (("flat", sent["flat"].shape), *teacher)
+    return (*((name, shape) for name, shape in assignment.spec.layout if work.sends(name, sent)), *teacher)

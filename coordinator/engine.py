@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -55,6 +56,7 @@ from foundation.spec import ModelSpec, initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
 from foundation.transport import Letter, Transport
+from foundation.work import Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class Engine:
         self._opened = asyncio.Condition()
         self._active: str | None = None
         self._begun = asyncio.Event()
+        self._saving: asyncio.Task[None] | None = None
         self._courier = Courier(
             transport,
             frames=self.topics.every("update"),
@@ -142,6 +145,8 @@ class Engine:
                 if self._run is not None:
                     self._run.cancel()  # the run itself goes on at the next start
                     await asyncio.wait([self._run])
+                if self._saving is not None:
+                    await asyncio.wait([self._saving])
                 await self._say("offline")
 
     async def _say(self, state: Literal["online", "offline"]) -> None:
@@ -223,6 +228,7 @@ class Engine:
             state = await self._state(course, strategy)
             for number in range(state.round + 1, run.rounds + 1):
                 state = await self._round(course, strategy, state, number)
+            await self._saved()
             await self._ended(run.name, "finished", "")
         except HedgerowError as error:
             await self._ended(run.name, "failed", str(error))
@@ -293,18 +299,49 @@ class Engine:
                 self.live.round_closed(run.name, record.round, record.seconds)
         latest = await asyncio.to_thread(self.store.latest_state, run.name)
         if latest is not None:
-            return await asyncio.to_thread(State.from_bytes, latest[1])
+            state = await asyncio.to_thread(State.from_bytes, latest[1])
+            return await self._replayed(run, strategy, state)
         model = initial_parameters(course.spec, run.seed)
         state = await asyncio.to_thread(strategy.begin, model, run.seed)
         await asyncio.to_thread(self.store.save_initial_state, run.name, state.to_bytes())
         return state
+
+    async def _replayed(self, run: RunSettings, strategy: Strategy, state: State) -> State:
+        """Return the state after the last closed round: a snapshot, and the updates of the rounds since."""
+        known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
+        while True:
+            number = state.round + 1
+            record = await asyncio.to_thread(self.store.round_record, run.name, number)
+            if record is None or record.state != "closed":
+                return state
+            for agent in record.agents:
+                state = strategy.enroll(state, known[agent], run.seed)
+            updates = []
+            for update in await asyncio.to_thread(self.store.updates, run.name, number):
+                if update.frame_sha256 is not None:
+                    frame = await asyncio.to_thread(self.store.update_frame, run.name, number, update.agent)
+                    updates.append(await asyncio.to_thread(update_from, frame))
+            state = await asyncio.to_thread(strategy.absorb, state, updates)
+
+    async def _snapshot(self, run: RunSettings, state: State) -> None:
+        """Keep the state and let go of what it was made of; a round goes on meanwhile."""
+        data = await asyncio.to_thread(state.to_bytes)
+        await asyncio.to_thread(self.store.save_state, run.name, state.round, data)
+        await asyncio.to_thread(self.store.drop_frames, run.name, state.round)
+
+    async def _saved(self) -> None:
+        """Wait for the snapshot that is being written; raises what it failed of."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await asyncio.wait([saving])
+            saving.result()
 
     # --- a round -------------------------------------------------------------------------------
 
     async def _round(self, course: Course, strategy: Strategy, state: State, number: int) -> State:
         run, started = course.settings, time.monotonic()
         self.live.phase(run.name, number, run.rounds, "planning", {})
-        cards, opened = await self._asked(course, number)
+        cards, opened = await self._asked(course, strategy, number)
         for card in cards:
             state = strategy.enroll(state, card, run.seed)
         context = RoundContext(
@@ -318,14 +355,23 @@ class Engine:
             strategy=run.strategy,
             export=run.exports(number),
         )
-        assignments = await asyncio.to_thread(strategy.plan, state, context)
-        updates = await self._collect(run, number, assignments, opened)
+        assignments, left_out = await asyncio.to_thread(planned, strategy, state, context)
+        for agent, reason in sorted(left_out.items()):
+            text = f"{agent} skipped: {reason}"
+            self.live.emit("agent_skipped", text, run=run.name, round=number, agent=agent)
+        if not assignments:
+            told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(left_out.items()))
+            raise RoundError(f"nobody can do the work of {run.strategy} ({told})")
+        updates = await self._collect(run, number, assignments, opened, strategy.encoding_down)
         self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(updates)})
         state = await asyncio.to_thread(strategy.absorb, state, updates)
         metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started)
-        snapshot = await asyncio.to_thread(state.to_bytes)
-        await asyncio.to_thread(self.store.close_round, run.name, number, snapshot, metrics)
-        await asyncio.to_thread(self.store.drop_frames, run.name, number)
+        agents = [update.agent for update in updates]
+        close = partial(self.store.close_round, run.name, number, None, metrics, absorbed=agents)
+        await asyncio.to_thread(close)
+        if number % run.snapshot_every == 0 or number == run.rounds:
+            await self._saved()
+            self._saving = asyncio.create_task(self._snapshot(run, state))
         self.live.emit(
             "round_closed",
             f"round {number} closed with {len(updates)} of {len(assignments)} updates",
@@ -336,7 +382,7 @@ class Engine:
         self.live.round_closed(run.name, number, metrics["seconds"])
         return state
 
-    async def _asked(self, course: Course, number: int) -> tuple[list[AgentCard], float]:
+    async def _asked(self, course: Course, strategy: Strategy, number: int) -> tuple[list[AgentCard], float]:
         """Return whom the round asks and when it opened (UTC epoch): from the store if it is open already."""
         run = course.settings
         record = await asyncio.to_thread(self.store.round_record, run.name, number)
@@ -344,15 +390,19 @@ class Engine:
             known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
             return [known[agent] for agent in record.agents], record.opened.timestamp()
         await self._gather_again(run)
-        present = self.roster.present(course.spec, course.labels)
+        unequal = strategy.unequal
+        present = self.roster.present(course.spec, course.labels, unequal=unequal)
         for agent in self.roster.entries:
-            reason = self.roster.reason_against(agent, course.spec, course.labels)
+            reason = self.roster.reason_against(agent, course.spec, course.labels, unequal=unequal)
             if reason is not None:
                 self.live.emit(
                     "agent_skipped", f"{agent} skipped: {reason}", run=run.name, round=number, agent=agent
                 )
         if not present:
             raise RoundError("no agent's data fit this run's model")
+        present = [card for card in present if run.late.get(card.agent, 1) <= number]
+        if not present:
+            raise RoundError(f"every agent is to join after round {number}: leave some out of run.late")
         count = max(1, round(run.fraction * len(present)))
         rng = np.random.default_rng([run.seed, number, 0xA5])
         chosen = sorted(rng.choice(len(present), size=count, replace=False))
@@ -363,7 +413,12 @@ class Engine:
         return cards, now
 
     async def _collect(
-        self, run: RunSettings, number: int, assignments: Sequence[Assignment], opened: float
+        self,
+        run: RunSettings,
+        number: int,
+        assignments: Sequence[Assignment],
+        opened: float,
+        down: Encoding,
     ) -> list[Update]:
         left = run.deadline_s - (time.time() - opened)
         if left <= 0:
@@ -380,7 +435,8 @@ class Engine:
             frame = await asyncio.to_thread(self.store.update_frame, run.name, number, record.agent)
             collector.add(update_from(frame))
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
-        frames = {a.agent: await asyncio.to_thread(frame_of, a, run.encoding) for a in assignments}
+        encoding = run.encoding or down
+        frames = {a.agent: await asyncio.to_thread(frame_of, a, encoding) for a in assignments}
         here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {})
         async with self._opened:
             self._open = here
@@ -445,7 +501,7 @@ class Engine:
             return  # known already: the agent may forget it
         if update.artifact is not None:
             await asyncio.to_thread(self.store.add_artifact, update.artifact)
-        summary = update_summary(update, wire_bytes)
+        summary = update_summary(update, wire_bytes, up=frame, down=here.frames.get(agent))
         new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
         if not new:
             return  # the first one stays: what counts here is what a restart would find in the store
@@ -605,3 +661,20 @@ class Engine:
             await self.transport.publish(self.topics.of(agent, what), body.encode())
         except NotConnected as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
+
+
+def planned(
+    strategy: Strategy, state: State, context: RoundContext
+) -> tuple[list[Assignment], dict[str, str]]:
+    """Return the assignments of those who can do them, and the reason of everybody who is left out."""
+    left_out = dict(strategy.excluded(state, context))
+    abilities = {card.agent: card.terms for card in context.present}
+    assignments = []
+    for assignment in strategy.plan(state, context):
+        unknown = sorted(assignment.work.needs() - abilities[assignment.agent])
+        if unknown:
+            what = ", ".join(unknown)
+            left_out[assignment.agent] = f"it does not know {what}: install a newer version on that device"
+        else:
+            assignments.append(assignment)
+    return assignments, left_out

@@ -1,78 +1,101 @@
-"""The hypernetwork: from an agent's embedding to its attention, and the one step that trains it.
+"""The hypernetwork at the coordinator: its start, what it generates, and the one step that trains it.
 
-    e = sqrt(n) v / |v| ,   f = MLP(e) ,   W_l = A_l f + b_l   for every generated tensor l
-
-v is the agent's embedding (n numbers), the MLP has two ReLU layers, each tensor has a linear head. The
-heads' biases start as an ordinary initial model and the head weights small, so that every agent starts
-from the same sane attention (our choice; the FedTP code's own start and SGD hardly learn in ten rounds).
+The forward pass is foundation/nn/hypernet.py's. The heads' biases start as an ordinary initial model and the
+head weights small, so that every agent starts from the same sane model (our choice; the FedTP code's own
+start and SGD hardly learn in ten rounds).
 
 Training is one vector-Jacobian product a round (pFedHN, Shamsian et al. 2021; FedTP, Li et al. 2023):
 with what was generated W_i, what came back trained, change_i = W_i - trained_i and shares p_i,
 
-    g = sum_i p_i J_i^T change_i ,   J_i = d W_i / d(hypernetwork, v)
+    g = sum_i p_i J_i^T change_i ,   J_i = d W_i / d(hypernetwork, v_i)
 
 which is the exact gradient of sum_i p_i/2 |W_i - trained_i|^2 with `trained` held fixed. Then one step of
-Adam; rows of embeddings move only for the agents that took part.
+Adam; embeddings move only for the agents that took part. Agents are taken a few at a time, so that what a
+round needs beside the hypernetwork does not grow with their number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from foundation.nn.bridge import array_of, tensor_of
-from foundation.parameters import Array, Layout, Parameters
+from foundation.nn.hypernet import forward, layout_of
+from foundation.parameters import Array, Layout, Parameters, layout_size
+
+CHUNK_VALUES = 1 << 22
+"""Values generated at once: 16 MiB, and a few times that while pulling back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a hypernetwork: embedding, hidden width, and what it generates."""
+    """Sizes of a hypernetwork: embedding, hidden width, rank of its heads, and what it generates."""
 
     layout: Layout
     embedding: int = 32
     hidden: int = 64
+    rank: int = 0
+    """0 makes the heads full."""
 
 
 def begin(shape: Shape, model: Parameters, seed: int) -> Parameters:
-    """Draw the hypernetwork's parameters; head biases are the tensors of `model`."""
+    """Draw the hypernetwork's parameters; head biases are the tensors of `model`.
+
+    What is generated differs at first from agent to agent by about a tenth of a tensor's initial scale.
+    """
     rng = np.random.default_rng([seed, 0x4E7])
-    sizes = ((shape.hidden, shape.embedding), (shape.hidden, shape.hidden))
-    arrays: dict[str, Array] = {}
-    for i, (rows, columns) in enumerate(sizes):
-        bound = 1 / math.sqrt(columns)
-        arrays[f"trunk.{i}.weight"] = rng.uniform(-bound, bound, (rows, columns)).astype(np.float32)
-        arrays[f"trunk.{i}.bias"] = rng.uniform(-bound, bound, rows).astype(np.float32)
+    arrays = trunk((shape.embedding, shape.hidden, shape.hidden), rng)
     for name, dimensions in shape.layout:
+        head = f"head/{name}"
         std = 0.1 / math.sqrt(dimensions[-1] * shape.hidden)
-        size = (math.prod(dimensions), shape.hidden)
-        arrays[f"head/{name}.weight"] = (rng.standard_normal(size) * std).astype(np.float32)
-        arrays[f"head/{name}.bias"] = np.asarray(model[name], np.float32).ravel().copy()
+        columns = shape.hidden
+        if shape.rank:
+            # R draws codes of about 1, as large as a feature or larger, and U is smaller for it: a step of
+            # Adam then moves W about as far as with a full head.
+            columns, std = shape.rank, std / 2
+            arrays[f"{head}.mix"] = rng.standard_normal((shape.rank, shape.hidden)).astype(np.float32)
+        size = (math.prod(dimensions), columns)
+        arrays[f"{head}.weight"] = (rng.standard_normal(size) * std).astype(np.float32)
+        arrays[f"{head}.bias"] = np.array(model[name], np.float32)
     return Parameters(arrays)
 
 
-def new_embedding(shape: Shape, seed: Sequence[int]) -> Array:
-    """Draw one agent's embedding, (embedding,), standard normal."""
-    return np.random.default_rng(list(seed)).standard_normal(shape.embedding).astype(np.float32)
+def trunk(sizes: Sequence[int], rng: np.random.Generator) -> dict[str, Array]:
+    """Draw the layers of an MLP with these sizes, from its input on, uniform with fan-in scaling."""
+    arrays: dict[str, Array] = {}
+    for i, (columns, rows) in enumerate(pairwise(sizes)):
+        bound = 1 / math.sqrt(columns)
+        arrays[f"trunk.{i}.weight"] = rng.uniform(-bound, bound, (rows, columns)).astype(np.float32)
+        arrays[f"trunk.{i}.bias"] = rng.uniform(-bound, bound, rows).astype(np.float32)
+    return arrays
 
 
-def generate(shape: Shape, network: Parameters, embeddings: Array) -> list[Parameters]:
-    """Generate for each row of `embeddings` (agents, embedding) the tensors of the layout."""
-    with torch.no_grad():
-        outputs = _forward(shape, _tensors(network), tensor_of(embeddings))
-    return [
-        Parameters((name, array_of(outputs[name][i])) for name, _ in shape.layout)
-        for i in range(len(embeddings))
-    ]
+def new_embedding(size: int, seed: Sequence[int]) -> Array:
+    """Draw one agent's embedding, (size,), standard normal."""
+    return np.random.default_rng(list(seed)).standard_normal(size).astype(np.float32)
+
+
+def generate(network: Parameters, embeddings: Array) -> list[Parameters]:
+    """Generate for each row of `embeddings` (agents, n) the tensors of the hypernetwork's layout.
+
+    One agent after the other: products of matrices round by how many rows there are, and what an agent is
+    sent does not depend on who else is there.
+    """
+    tensors = {name: tensor(values) for name, values in network.items()}
+    result: list[Parameters] = []
+    for row in embeddings:
+        with torch.no_grad():
+            outputs = forward(tensors, tensor(row[None]))
+        result.append(Parameters((name, array(value[0])) for name, value in outputs.items()))
+    return result
 
 
 def pull_back(
-    shape: Shape,
     network: Parameters,
     embeddings: Array,
     changes: Sequence[Mapping[str, Array]],
@@ -80,39 +103,49 @@ def pull_back(
 ) -> tuple[Parameters, Array]:
     """One vector-Jacobian product for the whole round: the gradients of network and embeddings.
 
-    `changes` are sent - trained, one mapping for each row of `embeddings`. Returns arrays of the shapes
-    of `network` and of `embeddings`.
+    `changes` are sent - trained, one mapping for each row of `embeddings`; each is looked at once. Returns
+    arrays of the shapes and types of `network` and of `embeddings`.
     """
-    tensors = {name: value.requires_grad_() for name, value in _tensors(network).items()}
-    rows = tensor_of(embeddings).requires_grad_()
-    outputs = _forward(shape, tensors, rows)
-    weights = torch.tensor(list(shares), dtype=torch.float32)
-    cotangents = []
-    for name, dimensions in shape.layout:
-        stacked = torch.stack([tensor_of(change[name]) for change in changes])
-        cotangents.append(stacked * weights.view(-1, *([1] * len(dimensions))))
-    gradients = torch.autograd.grad(
-        [outputs[name] for name, _ in shape.layout], [*tensors.values(), rows], cotangents
-    )
-    network_gradient = Parameters(
-        (name, array_of(gradient)) for name, gradient in zip(tensors, gradients, strict=False)
-    )
-    return network_gradient, array_of(gradients[-1])
+    tensors = {name: tensor(value).requires_grad_() for name, value in network.items()}
+    names = [name for name, _ in layout_of(network)]
+    row_gradient = np.zeros_like(embeddings)
+    for chunk in _chunks(network, len(embeddings)):
+        rows = tensor(embeddings[chunk]).requires_grad_()
+        outputs = forward(tensors, rows)
+        own = [changes[i] for i in range(chunk.start, chunk.stop)]
+        weights = shares[chunk]
+        cotangents = [_stacked([change[name] for change in own], weights, outputs[name]) for name in names]
+        torch.autograd.backward([outputs[name] for name in names], cotangents)
+        row_gradient[chunk] = _gradient(rows)
+    return Parameters((name, _gradient(value)) for name, value in tensors.items()), row_gradient
 
 
-def _forward(shape: Shape, network: Mapping[str, Tensor], embeddings: Tensor) -> dict[str, Tensor]:
-    norms = embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    f = embeddings / norms * math.sqrt(shape.embedding)
-    for i in range(2):
-        f = torch.relu(F.linear(f, network[f"trunk.{i}.weight"], network[f"trunk.{i}.bias"]))
-    return {
-        name: F.linear(f, network[f"head/{name}.weight"], network[f"head/{name}.bias"]).view(-1, *dims)
-        for name, dims in shape.layout
-    }
+def tensor(values: Array) -> Tensor:
+    """Return a copy as a tensor of the same type, in torch's own memory (see foundation/nn/bridge.py)."""
+    return torch.tensor(np.asarray(values, order="C"))
 
 
-def _tensors(network: Parameters) -> dict[str, Tensor]:
-    return {name: tensor_of(array) for name, array in network.items()}
+def array(values: Tensor) -> Array:
+    """Return a tensor's values as an array of the same type."""
+    result: Array = values.detach().numpy()
+    return result
+
+
+def _stacked(changes: Sequence[Array], weights: Sequence[float], like: Tensor) -> Tensor:
+    stacked = torch.empty_like(like)
+    for row, change, weight in zip(stacked, changes, weights, strict=True):
+        row.copy_(tensor(change)).mul_(weight)
+    return stacked
+
+
+def _gradient(leaf: Tensor) -> Array:
+    return array(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+
+
+def _chunks(network: Parameters, agents: int) -> Iterator[slice]:
+    size = max(1, CHUNK_VALUES // max(1, layout_size(layout_of(network))))
+    for start in range(0, agents, size):
+        yield slice(start, min(start + size, agents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +165,13 @@ class Adam:
         new: dict[str, Array] = {}
         kept: dict[str, Array] = {"count": np.array([count], np.float32)}
         for name, value in parameters.items():
-            g = np.asarray(gradient[name], np.float32)
+            g = np.asarray(gradient[name], value.dtype)
             zero = np.zeros_like(g)
             first = self.beta1 * moments.get(f"first/{name}", zero) + (1 - self.beta1) * g
             second = self.beta2 * moments.get(f"second/{name}", zero) + (1 - self.beta2) * g * g
             corrected = first / (1 - self.beta1**count)
             scale = np.sqrt(second / (1 - self.beta2**count)) + self.epsilon
-            new[name] = (value - self.rate * corrected / scale).astype(np.float32)
-            kept[f"first/{name}"] = first.astype(np.float32)
-            kept[f"second/{name}"] = second.astype(np.float32)
+            new[name] = value - self.rate * corrected / scale
+            kept[f"first/{name}"] = first
+            kept[f"second/{name}"] = second
         return Parameters(new), Parameters(kept)

@@ -1,4 +1,4 @@
-"""Figures of a round and of an update: means over devices, the worst, bytes, joules split by kind."""
+"""Figures of a round and of an update: means over devices, the worst, bytes by role, joules split by kind."""
 
 from __future__ import annotations
 
@@ -6,14 +6,50 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from foundation.codec import array_bytes
 from foundation.energy import Kind, split_by_kind
 from foundation.messages import Update
+from foundation.parameters import role_of
+
+MASK = "mask"
+"""What packed masks count under, beside the roles."""
+_WORDS = {"hypernet": "hypernetwork"}
+_WHOLE = ("flat", "embedding")
+"""Arrays that stand for themselves: a model without names, and where a hypernetwork looks it up."""
 
 
-def update_summary(update: Update, wire_bytes: int) -> dict[str, Any]:
+def role_bytes(frame: bytes) -> dict[str, int]:
+    """Return a frame's payload bytes by what they are for; the largest first.
+
+    Counted as they travel: values times the width of their encoding, scales and bitmaps included, kept units
+    only where masks come along; before compression, and without the header's JSON and the parts' own headers.
+    So the sum is not the bytes on the wire, which `received_bytes` and `wire_bytes` are. Names with a prefix
+    count under it (`teacher`, `hypernetwork`), packed masks under `mask`.
+    """
+    result: dict[str, int] = {}
+    for name, size in array_bytes(frame).items():
+        part = part_of(name)
+        result[part] = result.get(part, 0) + size
+    return dict(sorted(result.items(), key=lambda item: (-item[1], item[0])))
+
+
+def part_of(name: str) -> str:
+    """Return what an array is for: its prefix, `mask`, `flat`, `embedding`, or the role of its name."""
+    prefix, slash, _ = name.partition("/")
+    if slash:
+        return _WORDS.get(prefix, prefix)
+    if name.endswith("|mask"):
+        return MASK
+    return name if name in _WHOLE else str(role_of(name))
+
+
+def update_summary(
+    update: Update, wire_bytes: int, *, up: bytes | None = None, down: bytes | None = None
+) -> dict[str, Any]:
     """Return what the store keeps of an update beside its frame; JSON-ready.
 
-    Bytes are payload with part headers, as counted by whoever received them.
+    Bytes are payload with part headers, as counted by whoever received them. Bytes by role are those of the
+    frames `up` (the update) and `down` (the assignment that it answers), where they are given.
     """
     return {
         "examples": update.examples,
@@ -22,6 +58,8 @@ def update_summary(update: Update, wire_bytes: int) -> dict[str, Any]:
         "ledger": {stage: r.model_dump(mode="json") for stage, r in update.ledger.items()},
         "received_bytes": update.received_bytes,
         "wire_bytes": wire_bytes,
+        "up_role_bytes": {} if up is None else role_bytes(up),
+        "down_role_bytes": {} if down is None else role_bytes(down),
         "problem": update.problem,
         "artifact": update.artifact.sha256 if update.artifact else None,
     }

@@ -48,8 +48,13 @@ class Roster:
         """Seconds since an agent was last heard."""
         return self.clock() - self.entry(agent).last_heard
 
-    def reason_against(self, agent: str, spec: ModelSpec | None, labels: tuple[str, ...]) -> str | None:
-        """Return why an agent cannot take part, or `None` when it can."""
+    def reason_against(
+        self, agent: str, spec: ModelSpec | None, labels: tuple[str, ...], *, unequal: bool = False
+    ) -> str | None:
+        """Return why an agent cannot take part, or `None` when it can.
+
+        With `unequal`, models and data may differ from the run's.
+        """
         entry = self.entry(agent)
         if entry.card is None:
             return "it has not introduced itself yet"
@@ -66,20 +71,16 @@ class Roster:
             return entry.card.problem or "it has no data"
         if spec is None:
             return None
-        wanted = (spec.input, spec.shape, labels)
-        if answers_of(entry.card) != wanted:
-            return (
-                f"its data ({entry.card.input} {entry.card.shape}, {len(entry.card.labels)} classes) is not"
-                f" the run's ({spec.input} {spec.shape}, {len(labels)} classes)"
-            )
-        return None
+        return _unsized(entry.card) if unequal else _unlike(entry.card, spec, labels)
 
-    def present(self, spec: ModelSpec | None = None, labels: tuple[str, ...] = ()) -> list[AgentCard]:
+    def present(
+        self, spec: ModelSpec | None = None, labels: tuple[str, ...] = (), *, unequal: bool = False
+    ) -> list[AgentCard]:
         """Return the cards of everyone who can take part, sorted by name."""
         return [
             entry.card
             for agent, entry in sorted(self.entries.items())
-            if entry.card is not None and self.reason_against(agent, spec, labels) is None
+            if entry.card is not None and self.reason_against(agent, spec, labels, unequal=unequal) is None
         ]
 
     def agreed(self) -> Answers:
@@ -94,3 +95,16 @@ class Roster:
 def answers_of(card: AgentCard) -> Answers:
     """Return what must agree between the agents of a run."""
     return (card.input or "none", card.shape, card.labels)
+
+
+def _unsized(card: AgentCard) -> str | None:
+    return None if card.size else "it does not tell the size of its model: install a newer version on it"
+
+
+def _unlike(card: AgentCard, spec: ModelSpec, labels: tuple[str, ...]) -> str | None:
+    if answers_of(card) == (spec.input, spec.shape, labels):
+        return None
+    return (
+        f"its data ({card.input} {card.shape}, {len(card.labels)} classes) is not"
+        f" the run's ({spec.input} {spec.shape}, {len(labels)} classes)"
+    )

@@ -19,12 +19,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import numpy as np
 import psutil
 from pydantic import ValidationError
 
+from edge_agent.answer import arrived, kept, to_send, weights_of
 from edge_agent.energy.meter import Meter
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
@@ -43,12 +43,12 @@ from foundation.errors import (
     WorkRefused,
 )
 from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Telemetry, Update
-from foundation.parameters import Array, Parameters, role_of
-from foundation.spec import initial_parameters
+from foundation.parameters import Parameters, layout_size
+from foundation.spec import ModelSettings, ModelSpec, initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
 from foundation.transport import Letter, Transport
-from foundation.work import TERMS, LocalWork
+from foundation.work import ABILITIES
 
 if TYPE_CHECKING:
     from edge_agent.training import trainer as trainer_module
@@ -125,6 +125,10 @@ class _Job:
         return self.assignment.run, self.assignment.round
 
 
+CarryOut: TypeAlias = Callable[["trainer_module.Task", "trainer_module.Hooks"], "trainer_module.Outcome"]
+"""How work is done: `edge_agent.training.trainer.carry_out`, or what has the same result."""
+
+
 class Recorder(Protocol):
     """Records a live stream of readings while the agent lives (edge_agent/stream.py)."""
 
@@ -153,11 +157,12 @@ class Agent:
         recorder: Recorder | None = None,
         retry_s: float = RETRY_S,
         training: Executor | None = None,
+        carry_out: CarryOut | None = None,
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
         Without it the agent has one thread for all training, at low priority: everything else on the
-        device goes first.
+        device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
         """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
@@ -170,6 +175,7 @@ class Agent:
             ThreadPoolExecutor(1, "training", initializer=_lower_priority) if training is None else None
         )
         self._training = training or self._owned
+        self._carry_out = carry_out
         self._seen_run: str | None = None
         self._data: LocalData | None = None
         self._problem: str | None = None
@@ -177,6 +183,7 @@ class Agent:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._current: _Job | None = None
         self._outbox = asyncio.Event()
+        self._delivered_bytes = 0
         self._serving = ServingChild(settings.serve.host, settings.serve.port, self.vault.artifacts)
         self._courier = Courier(
             transport,
@@ -250,12 +257,18 @@ class Agent:
             input=data.input if data else None,
             shape=data.shape if data else (),
             labels=data.labels if data else (),
-            terms=TERMS,
+            terms=ABILITIES,
+            size=layout_size(weights_of(self._own_spec(data))) if data else 0,
             energy_kind=self.meter.kind,
             energy_source=self.meter.source,
             serving=self._serving.address,
             problem=self._problem or (self._recorder.problem if self._recorder else None),
         )
+
+    def _own_spec(self, data: LocalData) -> ModelSpec:
+        """Return the model that this device chooses for itself, where a strategy lets it."""
+        settings = self.settings.model or ModelSettings()
+        return settings.spec(data.input, data.shape, len(data.labels))
 
     async def _look_at_data(self) -> None:
         try:
@@ -280,7 +293,7 @@ class Agent:
         if frame is None:
             return
         try:
-            job = _Job(assignment_from(frame), frame, 0)
+            job = _Job(assignment_from(frame), frame, self._courier.bytes_of(frame))
         except HedgerowError as error:
             logger.warning("work in hand unreadable, dropped", extra={"reason": str(error)})
             self.vault.drop(frame)
@@ -333,12 +346,15 @@ class Agent:
         while True:
             self.meter.switch(Stage.WAIT)
             self.standing.stage = Stage.WAIT
-            job = self._current = await self._jobs.get()
-            try:
-                await self._attempt(job)
-            finally:
-                job.called_off.set()  # if this task was cancelled, the worker's thread stops too
-                self._current = None
+            await self._work_once()  # whose end lets go of frame and parameters: an idle agent is small
+
+    async def _work_once(self) -> None:
+        job = self._current = await self._jobs.get()
+        try:
+            await self._attempt(job)
+        finally:
+            job.called_off.set()  # if this task was cancelled, the worker's thread stops too
+            self._current = None
 
     async def _attempt(self, job: _Job) -> None:
         reason = None
@@ -383,6 +399,8 @@ class Agent:
         if self._data is None:
             raise WorkRefused(self._problem or "no data loaded yet")
         spec, data = assignment.spec, self._data
+        if assignment.work.layout == "flat":
+            spec = self._own_spec(data)
         if (spec.input, spec.shape, spec.classes) != (data.input, data.shape, len(data.labels)):
             raise WorkRefused(
                 f"this device has {data.input} {data.shape} with {len(data.labels)} classes, the run wants"
@@ -396,21 +414,36 @@ class Agent:
         a, data = job.assignment, self._data
         assert data is not None
         self.vault.take_in_hand(job.frame)
-        self.standing = Standing(run=a.run, round=a.round, hidden_units=a.spec.hidden)
+        flat = a.work.layout == "flat"
+        spec = self._own_spec(data) if flat else a.spec
+        self.standing = Standing(run=a.run, round=a.round, hidden_units=spec.hidden)
         with self.meter.stage(Stage.TRAIN):
             trainer = _trainer()
             trainer.use_threads(self.threads)
             personal = self.vault.personal(a.run, before=a.round)
-            own = initial_parameters(a.spec, a.model_seed)
+            own = initial_parameters(spec, a.model_seed)
             own = own.updated(personal.parameters if personal else {})
-        steps = personal.pruning_steps if personal else 0
-        task = trainer.Task(a.spec, a.work, own.updated(a.parameters), a.parameters, data, a.seed, steps)
-        outcome = trainer.carry_out(task, _Hooks(self.meter, self.vault, self.standing, job.called_off))
+            sent = arrived(a, spec, own)
+        task = trainer.Task(
+            spec,
+            a.work,
+            own.updated(sent),
+            sent,
+            data,
+            a.seed,
+            teacher=a.spec if a.work.distillation() else None,
+            pruning_steps=personal.pruning_steps if personal else 0,
+            own=personal.parameters if personal else Parameters(),
+            offered=a.masks,
+        )
+        carry_out = self._carry_out or trainer.carry_out
+        outcome = carry_out(task, _Hooks(self.meter, self.vault, self.standing, job.called_off))
         spent = so_far(personal, self.meter.peek().get(Stage.TRAIN))
-        own = outcome.parameters.only(a.work.keep)
+        own = kept(outcome.parameters, outcome.extra, a.work)
         self.vault.save_personal(a.run, Personal(a.round, own, outcome.pruning_steps, spent))
         give_back()  # exporting starts from a smaller peak
-        artifact, problem = self._exported(a, data, outcome, spent)
+        artifact, problem = self._exported(a, spec, data, outcome, spent)
+        delivered, self._delivered_bytes = self._delivered_bytes, 0
         update = Update(
             run=a.run,
             round=a.round,
@@ -420,9 +453,10 @@ class Agent:
             kept_units=outcome.kept_units,
             ledger=dict(self.meter.take()),
             received_bytes=job.wire_bytes,
+            sent_bytes=delivered,
             artifact=artifact,
             problem=problem,
-            parameters=to_send(outcome.parameters, a.parameters, a.work),
+            parameters=to_send(outcome.parameters, outcome.extra, sent, a.work),
             masks=outcome.masks,
         )
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
@@ -430,27 +464,37 @@ class Agent:
         give_back()
 
     def _exported(
-        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome, spent: EnergyReading
+        self,
+        a: Assignment,
+        spec: ModelSpec,
+        data: LocalData,
+        outcome: trainer_module.Outcome,
+        spent: EnergyReading,
     ) -> tuple[Manifest | None, str | None]:
         """Export if asked; a failure is told with the update, which is worth sending all the same."""
         if not a.export:
             return None, None
         try:
-            manifest = self._export(a, data, outcome, spent)
+            manifest = self._export(a, spec, data, outcome, spent)
         except HedgerowError as error:
             logger.error("export failed", extra={"round": a.round, "reason": str(error)})
             return None, f"export: {error}"[:2000]
         return manifest, None
 
     def _export(
-        self, a: Assignment, data: LocalData, outcome: trainer_module.Outcome, spent: EnergyReading
+        self,
+        a: Assignment,
+        spec: ModelSpec,
+        data: LocalData,
+        outcome: trainer_module.Outcome,
+        spent: EnergyReading,
     ) -> Manifest:
         from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
 
         self.standing.stage = Stage.EXPORT
         with self.meter.stage(Stage.EXPORT):
             manifest = export_artifact(
-                a.spec,
+                spec,
                 outcome.parameters,
                 outcome.masks,
                 data.normalisation,
@@ -481,8 +525,11 @@ class Agent:
         while True:
             await self._outbox.wait()
             self._outbox.clear()
-            for outgoing in await asyncio.to_thread(self.vault.outbox):
-                await self._deliver_one(outgoing)
+            await self._deliver_all()
+
+    async def _deliver_all(self) -> None:
+        for outgoing in await asyncio.to_thread(self.vault.outbox):
+            await self._deliver_one(outgoing)
 
     async def _deliver_one(self, outgoing: Outgoing) -> None:
         facts = {"run": outgoing.run, "round": outgoing.round}
@@ -499,6 +546,7 @@ class Agent:
                 return
             logger.warning("update refused", extra=facts | {"reason": str(error)})
         else:
+            self._delivered_bytes += delivery.wire_bytes
             logger.info("update delivered", extra=facts | {"bytes": delivery.wire_bytes})
         finally:
             if self.standing.stage is Stage.SEND:
@@ -556,29 +604,6 @@ def so_far(personal: Personal | None, training: EnergyReading | None) -> EnergyR
     known = [reading for reading in readings if reading is not None]
     same_place = len({r.scope for r in known if r.kind is not Kind.NONE}) < 2
     return total(known if same_place else known[-1:])
-
-
-def to_send(trained: Parameters, sent: Parameters, work: LocalWork) -> Parameters:
-    """Return what the work asks back: values, and changes (sent - trained) for the roles in `change`."""
-    arrays: dict[str, Array] = {}
-    for name, array in trained.only(work.send).items():
-        if role_of(name) in work.change:
-            if name in sent:
-                arrays[name] = largest(sent[name] - array, work.topk)
-        else:
-            arrays[name] = array
-    return Parameters(arrays)
-
-
-def largest(change: Array, share: float) -> Array:
-    """Return the array with all but its `share` of largest magnitudes set to 0."""
-    if share >= 1:
-        return change
-    count = max(1, round(change.size * share))
-    kept = np.argpartition(-np.abs(change), count - 1, axis=None)[:count]
-    result = np.zeros_like(change)
-    result.flat[kept] = change.flat[kept]
-    return result
 
 
 def _trainer() -> Any:

@@ -1,64 +1,60 @@
-"""A device's data: `load` reads what `[data]` in `agent.toml` names; one function for each built-in data set.
+"""A device's data: `load` reads what `[data]` in `agent.toml` names; `partition_problems` checks all shares.
 
-A built-in data set comes with the federation's experiments: each device finds the same files, takes its share
-by the seed, and keeps nothing but its share in memory.
+A data set that is shared, a built-in one or a `.npz` file, comes with the federation's experiments: each
+device finds the same files, takes its share by the seed, and keeps nothing but its share in memory.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import re
-import struct
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from edge_agent import sources, stream
-from edge_agent.samples import DataSettings, Input, LocalData, Part, Source, gather, local_data
-from edge_agent.sources import BLOCK_BYTES, Archive, exactly, reading
-from foundation.errors import DataError, SettingsError
+from edge_agent.builtin import BUILTIN
+from edge_agent.samples import (
+    DataSettings,
+    Input,
+    LocalData,
+    Part,
+    Source,
+    check_labels,
+    local_data,
+    split,
+)
+from foundation.errors import DataError, HedgerowError, SettingsError
 from foundation.parameters import Array
-from foundation.partition import shares
+from foundation.partition import ADVICE, check_shares, group_fits, owners, parse
+from foundation.words import unknown
 
-__all__ = ["BUILTIN", "DataSettings", "Input", "LocalData", "Part", "dataset", "load"]
-
-Opener: TypeAlias = Callable[[Path, DataSettings], Source]
-
-BUILTIN: dict[str, Opener] = {}
-"""The built-in data sets by name."""
-
-VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-ROLE_CHARACTERS = 1000
-"""Roles that say less than this are left out."""
-
-
-def dataset(name: str) -> Callable[[Opener], Opener]:
-    """Register a function that opens the data set of that name, given the folder of all data sets."""
-
-    def register(opener: Opener) -> Opener:
-        BUILTIN[name] = opener
-        return opener
-
-    return register
+__all__ = [
+    "BUILTIN",
+    "DataSettings",
+    "Input",
+    "LocalData",
+    "Part",
+    "load",
+    "load_shares",
+    "partition_problems",
+]
 
 
 def load(settings: DataSettings, data_dir: Path | None = None, buffer_dir: Path | None = None) -> LocalData:
     """Read this device's data and split it for training, validation and test; the same every time.
 
-    `data_dir` holds the built-in data sets, unless `settings.path` says otherwise; `buffer_dir` is where a
-    `StreamRecorder` writes. Raises `DataError` in words for the device's owner: which file, which row, what
-    to do.
+    `data_dir` holds the data sets that are shared, unless `settings.path` says otherwise; `buffer_dir` is
+    where a `StreamRecorder` writes. Raises `DataError` in words for the device's owner: which file, which
+    row, what to do.
     """
     if settings.kind == "builtin":
-        source = _open_builtin(settings, data_dir)
-        try:
+        with _said_as(DataError, settings):  # found out only here; the agent stays up and says so
+            source = _open_shared(settings, data_dir)
             rows = own_rows(source, settings)
-        except SettingsError as error:  # found out only here; the agent stays up and says so
-            raise DataError(f"{settings.name}: {error}") from error
         return local_data(source, rows, settings)
     if settings.kind == "python":
         result = sources.python_function(settings)
@@ -73,10 +69,87 @@ def load(settings: DataSettings, data_dir: Path | None = None, buffer_dir: Path 
     return local_data(source, np.arange(len(source.classes)), settings)
 
 
-def _open_builtin(settings: DataSettings, data_dir: Path | None) -> Source:
-    if settings.name not in BUILTIN:
-        raise DataError(f"there is no data set {settings.name!r}; there are {', '.join(sorted(BUILTIN))}")
+def load_shares(settings: DataSettings, data_dir: Path | None = None) -> list[LocalData]:
+    """Read what every one of `settings.count` devices has: what `load` gives each, with the files read once.
+
+    The parts of all devices are views of one array, so many virtual devices weigh what the data set does.
+    Raises as `load`; only data that are shared can be read so.
+    """
+    if settings.kind != "builtin":
+        raise SettingsError(f"kind = {settings.kind!r} is one device's own data: there are no shares of it")
+    each = [settings.model_copy(update={"index": index}) for index in range(settings.count)]
+    with _said_as(DataError, settings):
+        source = _open_shared(settings, data_dir)
+        rows, owner = _dealt(source, settings)
+    own = [rows[owner == one.index] for one in each]
+    orders = [np.concatenate(split(source, mine, one)) for mine, one in zip(own, each, strict=True)]
+    x, y = source.read(np.concatenate(orders))
+    cuts = np.cumsum([len(order) for order in orders])[:-1]
+    pieces = zip(np.split(x, cuts), np.split(y, cuts), strict=True)
+    return [
+        local_data(replace(source, read=partial(_given, piece)), mine, one)
+        for piece, mine, one in zip(pieces, own, each, strict=True)
+    ]
+
+
+def _given(piece: tuple[Array, Array], rows: Array) -> tuple[Array, Array]:
+    return piece  # read already, in the order of the rows
+
+
+def partition_problems(
+    settings: DataSettings, data_dir: Path | None = None, batch_size: int = 32
+) -> list[str]:
+    """Return what to know of the shares of all `settings.count` devices before any of them trains.
+
+    Labels and groups are read, samples are not (but for the ids of text). Warnings, one sentence each: a
+    device with less than two batches to train on, a class that a device is tested on but not trained on, a
+    class that no device has. Raises `SettingsError` when the partition does not fit the data set, and
+    `DataError` when a file is missing or damaged or a device could not work: nothing in a part that it
+    needs, or fewer classes than `pathological:K` promises. A device's own data (another `kind` than
+    `builtin`) are not shared, and there is nothing to say.
+    """
+    if settings.kind != "builtin":
+        return []
+    with _said_as(SettingsError, settings):
+        source = _open_shared(settings, data_dir)
+        rows, owner = _dealt(source, settings)
+    check_labels(source)
+    order = np.argsort(owner, kind="stable")
+    edges = np.searchsorted(owner[order], np.arange(settings.count + 1))
+    names = () if source.input == "text" else source.labels
+    samples = np.zeros((settings.count, 3, max(1, len(names))), np.int64)
+    for device, (start, stop) in enumerate(pairwise(edges.tolist())):
+        for part, chosen in enumerate(split(source, rows[order[start:stop]], settings)):
+            # The classes of text are its roles, which it need not learn.
+            classes = source.classes[chosen] if names else np.zeros(len(chosen), np.int64)
+            samples[device, part] = np.bincount(classes, minlength=samples.shape[2])
+    return check_shares(
+        settings.share,
+        samples,
+        names,
+        batch_size=batch_size,
+        needed=(True, settings.validation > 0, settings.test > 0),
+        advice=ADVICE
+        if settings.split is None
+        else f"{ADVICE}, repair the array {settings.split!r}, or leave split out",
+    )
+
+
+@contextmanager
+def _said_as(kind: type[HedgerowError], settings: DataSettings) -> Iterator[None]:
+    """Name the data set that a setting does not fit."""
+    try:
+        yield
+    except SettingsError as error:
+        raise kind(f"{settings.name}: {error}") from error
+
+
+def _open_shared(settings: DataSettings, data_dir: Path | None) -> Source:
     folder = settings.path.expanduser() if settings.path else data_dir
+    if settings.shared_file:
+        return _open_file(settings, folder)
+    if settings.name not in BUILTIN:
+        raise DataError(f"{unknown('data set', settings.name, BUILTIN)}, or the name of a .npz file")
     if folder is None and settings.name != "digits":
         raise DataError(
             f"{settings.name} needs the folder of the data sets: give --data-dir, set HEDGEROW_DATA, or path"
@@ -85,12 +158,29 @@ def _open_builtin(settings: DataSettings, data_dir: Path | None) -> Source:
     return BUILTIN[settings.name](folder or Path(), settings)
 
 
+def _open_file(settings: DataSettings, folder: Path | None) -> Source:
+    path = (folder or Path()) / Path(settings.name).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not there: put the file there, or give its whole path; a relative one counts from the"
+            " folder of the data sets (--data-dir, HEDGEROW_DATA or path in [data])"
+        )
+    return sources.npz(settings, path)
+
+
 def own_rows(source: Source, settings: DataSettings) -> Array:
     """Return the rows of this device; rows of one segment stay on one device."""
+    rows, owner = _dealt(source, settings)
+    mine: Array = rows[owner == settings.index]
+    return mine
+
+
+def _dealt(source: Source, settings: DataSettings) -> tuple[Array, Array]:
+    """Return the rows that are shared, ascending, and the device that each belongs to (-1: nobody)."""
+    group_fits(settings.partition, source.grouping)
     everyone = np.arange(len(source.classes))
     groups = source.groups
-    natural = settings.partition == "natural"
-    if natural and groups is not None:
+    if groups is not None and parse(settings.partition)[0] == "natural":
         # Samples of people who do not take part should not count towards the limit.
         everyone = everyone[np.isin(groups, np.unique(groups)[: settings.count])]
     if settings.limit is not None and settings.limit < len(everyone):
@@ -98,16 +188,16 @@ def own_rows(source: Source, settings: DataSettings) -> Array:
     units = everyone if source.segments is None else source.segments[everyone]
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     rows = everyone[first]
-    chosen = shares(source.classes[rows], None if groups is None else groups[rows], settings.share)
-    mine: Array = everyone[np.isin(unit, chosen)]
-    return mine
+    owner = owners(source.classes[rows], None if groups is None else groups[rows], settings.share)
+    return everyone, owner[unit]
 
 
 def _limited(source: Source, rows: Array, settings: DataSettings) -> Array:
     """Return `settings.limit` of the rows, as equal in number over classes (and people) as can be."""
     stratum = source.classes[rows]
-    if settings.partition == "natural" and source.groups is not None:
-        stratum = np.unique(np.stack([stratum, source.groups[rows]]), axis=1, return_inverse=True)[1].ravel()
+    if source.groups is not None and parse(settings.partition)[0] == "natural":
+        group = np.unique(source.groups[rows], return_inverse=True)[1]
+        stratum = np.unique(np.stack([stratum, group]), axis=1, return_inverse=True)[1].ravel()
     order = np.arange(len(rows))
     if not source.ordered:
         # Whole segments before parts of others; text goes on where it began.
@@ -124,177 +214,3 @@ def _limited(source: Source, rows: Array, settings: DataSettings) -> Array:
         left -= quota
     limited: Array = rows[np.sort(np.concatenate(kept))]
     return limited
-
-
-@dataset("digits")
-def digits(folder: Path, settings: DataSettings) -> Source:
-    """1,797 handwritten digits, 8x8, values 0 to 16, from the file that scikit-learn brings."""
-    # Found, not imported: scikit-learn and scipy would take 80 MB of a device's memory for one small file.
-    found = importlib.util.find_spec("sklearn")
-    if found is None or not found.submodule_search_locations:
-        raise DataError("digits come with scikit-learn: pip install 'hedgerow[demo]'")
-    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    with reading(file), gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    x, y = table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
-    labels = tuple("0123456789")
-    return Source("digits", "image", (1, 8, 8), labels, y, lambda rows: (x[rows], y[rows]))
-
-
-@dataset("mnist")
-def mnist(folder: Path, settings: DataSettings) -> Source:
-    """70,000 handwritten digits, 28x28, in the four published files."""
-    return _idx_source(folder / "mnist", tuple("0123456789"))
-
-
-@dataset("fashion-mnist")
-def fashion_mnist(folder: Path, settings: DataSettings) -> Source:
-    """70,000 images of clothing, 28x28, in the four published files."""
-    names = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-    return _idx_source(folder / "fashion-mnist", tuple(names.split(",")))
-
-
-def _idx_source(folder: Path, labels: tuple[str, ...]) -> Source:
-    files = [
-        (folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
-        for part in ("train", "t10k")
-    ]
-    y = np.concatenate([_idx_labels(file, len(labels)) for _, file in files])
-    counts = [_idx_count(images, like) for images, like in files]
-
-    def read(rows: Array) -> tuple[Array, Array]:
-        blocks = chain.from_iterable(_idx_blocks(images) for images, _ in files)
-        return gather(blocks, rows, sum(counts), (1, 28, 28), np.uint8), y[rows]
-
-    return Source(folder.name, "image", (1, 28, 28), labels, y, read)
-
-
-def _idx_header(stream: gzip.GzipFile, file: Path, dimensions: int) -> tuple[int, ...]:
-    """Read an IDX header (big-endian: two zeros, type 8 for bytes, dimensions, then each side)."""
-    magic, *sides = struct.unpack(f">I{dimensions}I", exactly(stream, 4 + 4 * dimensions))
-    if magic != 0x0800 + dimensions:
-        raise DataError(f"{file} is not an IDX file of bytes in {dimensions} dimensions; fetch it again")
-    return tuple(sides)
-
-
-def _idx_labels(file: Path, classes: int) -> Array:
-    with reading(file), gzip.open(file) as packed:
-        (count,) = _idx_header(packed, file, 1)
-        # At most as much as the file holds is read, whatever its header promises.
-        y = np.frombuffer(packed.read(count + 1), np.uint8).astype(np.int64)
-    if len(y) != count or not count or y.max() >= classes:
-        raise DataError(f"{file} does not hold {count} labels below {classes}; fetch it again")
-    return y
-
-
-def _idx_count(images: Path, labels: Path) -> int:
-    with reading(images), gzip.open(images) as packed:
-        count, height, width = _idx_header(packed, images, 3)
-    with reading(labels), gzip.open(labels) as packed:
-        (expected,) = _idx_header(packed, labels, 1)
-    if (count, height, width) != (expected, 28, 28):
-        raise DataError(
-            f"{images} holds {count} images of {height}x{width}, not {expected} of 28x28; fetch it again"
-        )
-    return count
-
-
-def _idx_blocks(file: Path) -> Iterator[Array]:
-    with reading(file), gzip.open(file) as packed:
-        count, height, width = _idx_header(packed, file, 3)
-        step = BLOCK_BYTES // (height * width)
-        for start in range(0, count, step):
-            rows = min(step, count - start)
-            pixels = exactly(packed, rows * height * width)
-            yield np.frombuffer(pixels, np.uint8).reshape(rows, 1, height, width)
-
-
-@dataset("cifar10")
-def cifar10(folder: Path, settings: DataSettings) -> Source:
-    """Colour photographs, 32x32, from however many `.npz` parts are there."""
-    folder = folder / "cifar10"
-    archives = [
-        Archive(file)
-        for file in [*sorted(folder.glob("cifar10_train_part*.npz")), folder / "cifar10_test.npz"]
-    ]
-    for archive in archives:
-        shape, dtype = archive.header("x")
-        if shape[1:] != (32, 32, 3) or dtype != np.uint8 or archive.header("y")[0] != shape[:1]:
-            raise DataError(f"{archive.path} does not hold 32x32x3 bytes with labels; fetch it again")
-    y = np.concatenate([archive.whole("y") for archive in archives]).astype(np.int64)
-    names = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
-
-    def read(rows: Array) -> tuple[Array, Array]:
-        blocks = chain.from_iterable(archive.blocks("x") for archive in archives)
-        turned = (block.transpose(0, 3, 1, 2) for block in blocks)
-        return gather(turned, rows, len(y), (3, 32, 32), np.uint8), y[rows]
-
-    return Source("cifar10", "image", (3, 32, 32), tuple(names.split(",")), y, read)
-
-
-@dataset("uci-har")
-def uci_har(folder: Path, settings: DataSettings) -> Source:
-    """30 people, six activities: windows of 128 readings of 9 channels; windows of a segment overlap."""
-    archive = Archive(folder / "uci-har" / "uci_har.npz")
-    shape, _ = archive.header("x")
-    y, people, segments = (archive.whole(key).astype(np.int64) for key in ("y", "subject", "segment"))
-    if shape[1:] != (128, 9) or any(len(values) != shape[0] for values in (y, people, segments)):
-        raise DataError(f"{archive.path} does not hold windows of 128x9 with their labels; fetch it again")
-    names = "WALKING,WALKING_UPSTAIRS,WALKING_DOWNSTAIRS,SITTING,STANDING,LAYING"
-
-    def read(rows: Array) -> tuple[Array, Array]:
-        return gather(archive.blocks("x"), rows, len(y), (128, 9), np.float32), y[rows]
-
-    return Source(
-        "uci-har", "series", (128, 9), tuple(names.split(",")), y, read, groups=people, segments=segments
-    )
-
-
-@dataset("shakespeare")
-def shakespeare(folder: Path, settings: DataSettings) -> Source:
-    """Roles that say 1,000 characters or more, in windows that do not overlap; the next character is asked.
-
-    Every label is a character, so that all devices agree on all 65 of them.
-    """
-    file = folder / "shakespeare" / "input.txt"
-    roles = _roles(file)
-    names = sorted(name for name, text in roles.items() if len(text) >= ROLE_CHARACTERS)
-    window = settings.window or 64
-    numbers = np.full(256, 255, np.uint8)
-    numbers[np.frombuffer(VOCABULARY.encode(), np.uint8)] = np.arange(len(VOCABULARY))
-    ids = {name: numbers[np.frombuffer(roles[name].encode("latin-1"), np.uint8)] for name in names}
-    counts = [(len(ids[name]) - 1) // window for name in names]
-    if not sum(counts) or any(values.max() == 255 for values in ids.values()):
-        raise DataError(
-            f"{file} has other characters than the 65 of tiny Shakespeare, or too few; fetch it again"
-        )
-    role = np.repeat(np.arange(len(names)), counts)
-    start = window * np.concatenate([np.arange(count) for count in counts])
-
-    def read(rows: Array) -> tuple[Array, Array]:
-        cut = [ids[names[role[row]]][start[row] : start[row] + window + 1] for row in rows.tolist()]
-        both = np.array(cut, np.int64).reshape(len(rows), window + 1)
-        return both[:, :-1], both[:, 1:]
-
-    return Source(
-        "shakespeare",
-        "text",
-        (window,),
-        tuple(VOCABULARY),
-        role,
-        read,
-        groups=np.array(names)[role],
-        ordered=True,
-    )
-
-
-def _roles(file: Path) -> dict[str, str]:
-    """Return what each role says, its speeches joined by line ends; headings without a speech are dropped."""
-    with reading(file):
-        text = file.read_bytes().decode("latin-1")
-    speeches: dict[str, list[str]] = {}
-    for block in text.split("\n\n"):
-        heading, _, speech = block.strip("\n").partition("\n")
-        if re.fullmatch(r"[^\n]+:", heading) and speech:
-            speeches.setdefault(heading[:-1], []).append(speech)
-    return {name: "\n".join(said) for name, said in speeches.items()}

@@ -16,16 +16,20 @@ from foundation.errors import DataError, SettingsError
 from foundation.frozen import Frozen
 from foundation.normalisation import Normalisation
 from foundation.parameters import Array
-from foundation.partition import Share
+from foundation.partition import Share, group_asked
 
 Input: TypeAlias = Literal["image", "series", "text"]
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 COMMON = frozenset({"kind", "validation", "test", "split_seed"})
+ARCHIVE = frozenset({"x", "y", "segment", "split", "shape", "channels", "labels"})
+"""Keys that say how a `.npz` is read, one device's own or one that is shared."""
 KEYS: dict[str, frozenset[str]] = {
-    "builtin": frozenset({"name", "path", "index", "count", "partition", "seed", "limit", "window"}),
-    "npz": frozenset({"path", "x", "y", "segment", "shape", "channels", "labels"}),
+    "builtin": frozenset({"name", "path", "index", "count", "partition", "seed", "limit", "window"})
+    | ARCHIVE
+    | {"group"},
+    "npz": ARCHIVE | {"path"},
     "csv": frozenset({"path", "label", "columns", "segment", "header", "delimiter", "shape", "labels"}),
     "image_folder": frozenset({"path", "size", "grayscale", "labels"}),
     "python": frozenset({"function", "path", "shape", "channels", "labels"}),
@@ -59,13 +63,13 @@ class DataSettings(Frozen):
     split_seed: int = Field(0, ge=0)
 
     name: str = "digits"
-    """builtin: which data set."""
+    """builtin: which data set; a name that ends in `.npz` is a file, in the folder of the data sets."""
     index: int = Field(0, ge=0)
     """builtin: this device's number, from 0."""
     count: int = Field(1, ge=1)
     """builtin: among how many devices the data set is shared."""
     partition: str = "iid"
-    """builtin: iid, pathological:K, dirichlet:ALPHA or natural."""
+    """builtin: iid, pathological:K, dirichlet:ALPHA, by:GROUP or natural."""
     seed: int = Field(0, ge=0)
     """builtin: of the partition; the same on every device."""
     limit: int | None = Field(None, ge=1)
@@ -75,6 +79,10 @@ class DataSettings(Frozen):
     """npz: name of the array of samples."""
     y: str = "y"
     """npz: name of the array of labels."""
+    group: str | None = None
+    """a shared .npz: array of people, sites or other groups; `by:ARRAY` names it as well."""
+    split: str | None = None
+    """npz: array of each row's part: 0 training, 1 test; or 0, 1, 2 or the words: with validation between."""
     segment: str | None = None
     """npz, csv: array or column; rows with the same value (overlapping windows) stay in one part."""
     shape: tuple[int, ...] | None = None
@@ -118,14 +126,8 @@ class DataSettings(Frozen):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> DataSettings:
-        foreign = sorted(self.model_fields_set - KEYS[self.kind] - COMMON)
-        if foreign:
-            raise ValueError(f"{', '.join(foreign)}: not a key of kind = {self.kind!r}")
-        missing = [key for key in NEEDED.get(self.kind, ()) if getattr(self, key) is None]
-        if missing:
-            raise ValueError(f"kind = {self.kind!r} needs {' and '.join(missing)}")
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test together leave nothing to train on: give less than 1")
+        self._check_keys()
+        self._check_parts()
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError("labels: at least two names, each of them once")
         if self.shape is not None and (len(self.shape) not in (1, 2, 3) or min(self.shape) < 1):
@@ -135,7 +137,34 @@ class DataSettings(Frozen):
         self._check_stream()
         if self.kind == "builtin":
             _ = self.share
+            asked = group_asked(self.partition)
+            if self.group is not None and asked not in (None, self.group):
+                raise ValueError(
+                    f"group is {self.group!r}, but partition {self.partition!r}: give one of them"
+                )
         return self
+
+    def _check_keys(self) -> None:
+        given = {key for key in self.model_fields_set if getattr(self, key) is not None}
+        foreign = sorted(given - KEYS[self.kind] - COMMON)
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)}: not a key of kind = {self.kind!r}")
+        if self.kind == "builtin" and not self.shared_file:
+            foreign = sorted(given & (ARCHIVE | {"group"}))
+            if foreign:
+                raise ValueError(
+                    f"{', '.join(foreign)}: not a key of kind = 'builtin' with name = {self.name!r},"
+                    " only with that of a .npz file"
+                )
+        missing = [key for key in NEEDED.get(self.kind, ()) if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"kind = {self.kind!r} needs {' and '.join(missing)}")
+
+    def _check_parts(self) -> None:
+        if self.split is not None and "test" in self.model_fields_set:
+            raise ValueError("test: the array named by split says already what is tested on; leave one out")
+        if self.validation + (0 if self.split else self.test) >= 1:
+            raise ValueError("validation and test together leave nothing to train on: give less than 1")
 
     def _check_stream(self) -> None:
         topics = [topic for topic in (self.topic, self.label_topic) if topic is not None]
@@ -145,6 +174,11 @@ class DataSettings(Frozen):
             raise ValueError("topic, label_topic: one topic each, without + and #")
         if self.fields is not None and len(set(self.fields)) < len(self.fields):
             raise ValueError("fields: each of them once")
+
+    @property
+    def shared_file(self) -> bool:
+        """Whether the data set that is shared is a `.npz` file, not a known one."""
+        return self.kind == "builtin" and self.name.lower().endswith(".npz")
 
     @property
     def share(self) -> Share:
@@ -194,9 +228,9 @@ class Source:
     """What is known of samples before their values are in memory.
 
     `classes` (n,) is the row's class, or the role that speaks for text. `read` gives x and y of the rows
-    asked for, in that order. At most one of these says how rows hang together: `segments` (n,) must not be
-    torn apart, `ordered` rows are consecutive in time within a class, `parts` (n,) is TRAIN, VALIDATION or
-    TEST already.
+    asked for, in that order. How rows hang together: `segments` (n,) must not be torn apart, `ordered` rows
+    are consecutive in time within a class, `parts` (n,) is TRAIN, VALIDATION or TEST already; with `carve`,
+    validation is yet to be taken from TRAIN.
     """
 
     name: str
@@ -206,9 +240,12 @@ class Source:
     classes: Array
     read: Callable[[Array], tuple[Array, Array]]
     groups: Array | None = None
+    grouping: str | None = None
+    """What the data set calls its groups: `by:GROUPING`."""
     segments: Array | None = None
     ordered: bool = False
     parts: Array | None = None
+    carve: bool = False
 
 
 def local_data(source: Source, rows: Array, settings: DataSettings) -> LocalData:
@@ -219,15 +256,14 @@ def local_data(source: Source, rows: Array, settings: DataSettings) -> LocalData
     """
     if not len(rows):
         raise DataError(f"{source.name} is empty: there is nothing to learn from")
-    if len(source.labels) < 2:
-        raise DataError(f"{source.name} has only the label {source.labels}: at least two are needed")
+    check_labels(source)
     parts = split(source, rows, settings)
     wanted = {"training": 1.0, "validation": settings.validation, "test": settings.test}
     for (name, fraction), part in zip(wanted.items(), parts, strict=True):
         if fraction and not len(part):
             raise DataError(
                 f"{source.name}: {len(rows)} samples on this device leave none for the {name} part;"
-                " bring more samples of each class, or change validation and test"
+                f" {_advice(settings)}"
             )
     order = np.concatenate(parts)
     x, y = source.read(order)
@@ -236,6 +272,18 @@ def local_data(source: Source, rows: Array, settings: DataSettings) -> LocalData
     train, validation, test = map(Part, np.split(x, cuts), np.split(y, cuts))
     learned = Normalisation.learn(train.x, source.input)
     return LocalData(source.input, source.shape, source.labels, train, validation, test, learned)
+
+
+def check_labels(source: Source) -> None:
+    """Raise `DataError` when there is only one answer to learn."""
+    if len(source.labels) < 2:
+        raise DataError(f"{source.name} has only the label {source.labels}: at least two are needed")
+
+
+def _advice(settings: DataSettings) -> str:
+    if settings.split is None:
+        return "bring more samples of each class, or change validation and test"
+    return f"bring more samples, repair the array {settings.split!r}, or leave split out"
 
 
 def _check_finite(x: Array, order: Array, name: str) -> None:
@@ -253,14 +301,21 @@ def _check_finite(x: Array, order: Array, name: str) -> None:
 def split(source: Source, rows: Array, settings: DataSettings) -> tuple[Array, Array, Array]:
     """Return the rows for training, validation and test: class by class, and never through a segment."""
     rng = np.random.default_rng([settings.split_seed, 0x5911])
-    fractions = (1 - settings.validation - settings.test, settings.validation, settings.test)
-    if source.parts is not None:
-        part = source.parts[rows]
-    elif source.segments is not None:
-        part = _by_segment(source.classes[rows], source.segments[rows], fractions, rng)
+    v, t = settings.validation, settings.test
+    if source.parts is None:
+        part = _drawn(source, rows, (1 - v - t, v, t), rng)
     else:
-        part = _by_row(source.classes[rows], fractions, None if source.ordered else rng)
+        part = source.parts[rows]
+        if source.carve:
+            free = np.flatnonzero(part == TRAIN)
+            part[free] = _drawn(source, rows[free], (1 - v, v, 0.0), rng)
     return rows[part == TRAIN], rows[part == VALIDATION], rows[part == TEST]
+
+
+def _drawn(source: Source, rows: Array, fractions: Sequence[float], rng: np.random.Generator) -> Array:
+    if source.segments is not None:
+        return _by_segment(source.classes[rows], source.segments[rows], fractions, rng)
+    return _by_row(source.classes[rows], fractions, None if source.ordered else rng)
 
 
 def _by_row(classes: Array, fractions: Sequence[float], rng: np.random.Generator | None) -> Array:

@@ -11,6 +11,7 @@ from pydantic import Field
 from edge_agent.datasets import DataSettings
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
+from foundation.spec import ModelSettings
 
 
 def _hostname() -> str:
@@ -53,5 +54,7 @@ class AgentSettings(Frozen):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     mqtt: MqttSettings = MqttSettings()
     data: DataSettings
+    model: ModelSettings | None = None
+    """This device's own model, where the strategy lets devices differ; else the run's is everybody's."""
     serve: ServeSettings = ServeSettings()
     energy: EnergySettings = EnergySettings()

@@ -27,6 +27,7 @@ Masks travel as packed bits under `<name>|mask`. The same input gives the same b
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -184,6 +185,32 @@ def _check_masks(masks: Masks, expected: Expected) -> None:
         shape = arrays.get(f"{name}.up.bias") if allowed is None else allowed[name]
         if shape is not None and mask.shape != shape:
             raise FrameMismatch(f"mask {name!r} has shape {mask.shape}, not {shape}")
+
+
+def array_bytes(frame: bytes) -> dict[str, int]:
+    """Return the bytes that every array of a well-formed frame takes, as it travels, before compression.
+
+    An array's scales and bitmap count with it; packed masks stand under their own names, `blocks.i.ffl|mask`.
+    Only the header is read, so it costs little however large the frame is. Raises `FrameCorrupt` when there
+    is none.
+    """
+    if len(frame) < _HEAD.size:
+        raise FrameCorrupt(f"{len(frame)} bytes are too few for a frame")
+    _, compression, _ = _HEAD.unpack_from(frame)
+    body = io.BytesIO(frame[_HEAD.size :])
+    source = zstandard.ZstdDecompressor().stream_reader(body) if compression == _ZSTD else body
+    try:
+        (length,) = _LENGTH.unpack(source.read(_LENGTH.size))
+        entries = json.loads(source.read(min(length, Limits().header_bytes)))
+        spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+        sizes = {name: int(stop) - int(start) for name, (start, stop) in spans.items()}
+    except (struct.error, zstandard.ZstdError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FrameCorrupt(f"the frame has no header that can be read: {_brief(error)}") from error
+    result: dict[str, int] = {}
+    for name, size in sizes.items():
+        owner = name if name.endswith("|mask") else name.partition("|")[0]
+        result[owner] = result.get(owner, 0) + size
+    return result
 
 
 # ---- encoding ----

@@ -33,6 +33,9 @@ class AgentCard(Frozen):
     shape: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     terms: frozenset[str] = frozenset()
+    """What it can be asked for: names among `foundation.work.ABILITIES`."""
+    size: int = Field(0, ge=0)
+    """Weights of the model that this device would choose for itself; 0 when it has no data."""
     energy_kind: str = "none"
     energy_source: str = "none"
     serving: str | None = None
@@ -59,6 +62,7 @@ class Assignment(Frozen):
     agent: str
     strategy: str
     spec: ModelSpec
+    """The model; for `flat` work, where the device's own counts, the teacher's."""
     model_seed: int
     """Seed of `initial_parameters`: what a device without personal parameters starts from."""
     seed: int
@@ -81,10 +85,13 @@ class Update(Frozen):
     agent: str
     examples: int = Field(ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
-    """{loss,accuracy}_sent, loss, accuracy (test part, before and after), steps, step_ms."""
+    """{loss,accuracy}_sent, loss, accuracy (test part, before and after), validation_sent and
+    validation (accuracy on the validation part), steps, step_ms, cpu_s (of training and pruning)."""
     kept_units: tuple[int, ...] = ()
     ledger: dict[Stage, EnergyReading] = Field(default_factory=dict)
     received_bytes: int = 0
+    sent_bytes: int = 0
+    """Of the update before this one, as delivered; its seconds are in this ledger, under `send`."""
     artifact: Manifest | None = None
     problem: str | None = Field(None, max_length=2000)
     """What went wrong beside the training, such as an export that could not be proven."""

@@ -78,6 +78,10 @@ class Parameters(Mapping[str, Array]):
     def __repr__(self) -> str:
         return f"Parameters({len(self)} arrays, {self.size:,} values)"
 
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, Array]]]:
+        """Pickle as a dict of arrays, which a mapping proxy is not let be."""
+        return type(self), (dict(self._arrays),)
+
     def __eq__(self, other: object) -> bool:
         """Equal when names, order-free, shapes and values are the same, bit for bit."""
         if not isinstance(other, Mapping) or self.keys() != other.keys():
@@ -94,6 +98,10 @@ class Parameters(Mapping[str, Array]):
     def under(self, prefix: str) -> Self:
         """Return the arrays whose name starts with `prefix`, without the prefix."""
         return type(self)((n[len(prefix) :], a) for n, a in self.items() if n.startswith(prefix))
+
+    def prefixed_only(self, prefix: str) -> Self:
+        """Return the arrays whose name starts with `prefix`, under their whole names."""
+        return type(self)((n, a) for n, a in self.items() if n.startswith(prefix))
 
     def prefixed(self, prefix: str) -> Self:
         """Return the same arrays with `prefix` before every name."""

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.parameters import Array, Layout, Parameters
 
@@ -135,3 +136,44 @@ def initial_parameters(spec: ModelSpec, seed: int) -> Parameters:
         else:
             arrays[name] = (rng.standard_normal(shape) * _std(name, spec)).astype(np.float32)
     return Parameters(arrays)
+
+
+IMAGE_TOKENS = 16
+SERIES_TOKENS = 8
+
+
+class ModelSettings(Frozen):
+    """The transformer, but for its input, which the data decide."""
+
+    width: int = Field(64, ge=4, le=4096)
+    depth: int = Field(2, ge=1, le=64)
+    heads: int = Field(4, ge=1, le=64)
+    ffl_ratio: float = Field(4.0, gt=0, le=16)
+    patch: int | None = Field(None, ge=1)
+    """Side of a patch, or steps per token; when not set, the largest that gives 16 (8) tokens."""
+    pool: Literal["mean", "cls"] = "mean"
+
+    def spec(self, kind: str, shape: tuple[int, ...], classes: int) -> ModelSpec:
+        """Return the whole spec; raises `SettingsError` when model and data do not fit."""
+        fields = self.model_dump(exclude={"patch"})
+        patch = self.patch or fitting_patch(kind, shape)
+        try:
+            return ModelSpec(input=kind, shape=shape, classes=classes, patch=patch, **fields)
+        except ValueError as error:
+            raise SettingsError(f"the model does not fit the agents' data: {error}") from error
+
+
+def fitting_patch(kind: str, shape: tuple[int, ...]) -> int:
+    """Return the largest patch that divides the sample and leaves enough tokens; 1 when none does."""
+    if kind == "image":
+        _, height, width = shape
+        fits = [
+            p
+            for p in range(1, min(height, width) + 1)
+            if height % p == 0 and width % p == 0 and (height // p) * (width // p) >= IMAGE_TOKENS
+        ]
+    elif kind == "series":
+        fits = [p for p in range(1, shape[0] + 1) if shape[0] % p == 0 and shape[0] // p >= SERIES_TOKENS]
+    else:
+        fits = []
+    return max(fits, default=1)

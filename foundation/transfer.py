@@ -508,6 +508,10 @@ class Courier:
         """
         self._inbox.forget(topic)
 
+    def bytes_of(self, frame: bytes) -> int:
+        """Return the bytes of a frame's parts, each sent once: what it took when nobody counted any more."""
+        return len(frame) + parts_of(len(frame), self._payload_bytes) * PART_HEADER.size
+
     def _check_sendable(self, frame: bytes) -> None:
         if not self._open:
             raise DeliveryFailed("the courier is not open")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -54,7 +54,10 @@ class MemoryBroker:
         self.retained: dict[str, bytes] = {}
         self.published = 0
         self.bytes = 0
-        self._queues: list[tuple[tuple[str, ...], asyncio.Queue[Letter | None], MemoryTransport]] = []
+        self._exact: dict[str, list[_Subscription]] = {}
+        """By topic, so that hundreds of agents do not look at each other's letters."""
+        self._wild: list[_Subscription] = []
+        self._of: dict[MemoryTransport, list[_Subscription]] = {}
 
     def deliver(self, topic: str, body: bytes, *, retain: bool) -> None:
         """Hand one message to every subscriber whose pattern matches."""
@@ -64,25 +67,46 @@ class MemoryBroker:
             self.retained[topic] = body
         elif retain:
             self.retained.pop(topic, None)
-        for patterns, queue, _ in self._queues:
-            if any(matches(pattern, topic) for pattern in patterns):
-                queue.put_nowait(Letter(topic, body))
+        for one in self._exact.get(topic, ()):
+            one.queue.put_nowait(Letter(topic, body))
+        for one in self._wild:
+            if any(matches(pattern, topic) for pattern in one.patterns):
+                one.queue.put_nowait(Letter(topic, body))
 
     def attach(self, patterns: tuple[str, ...], owner: MemoryTransport) -> asyncio.Queue[Letter | None]:
         """Open a queue for patterns, with the retained letters first."""
-        queue: asyncio.Queue[Letter | None] = asyncio.Queue()
-        for topic, body in self.retained.items():
+        one = _Subscription(patterns)
+        for topic in self.retained if one.wild else [t for t in patterns if t in self.retained]:
             if any(matches(pattern, topic) for pattern in patterns):
-                queue.put_nowait(Letter(topic, body, retained=True))
-        self._queues.append((patterns, queue, owner))
-        return queue
+                one.queue.put_nowait(Letter(topic, self.retained[topic], retained=True))
+        for place in self._places(one):
+            place.append(one)
+        self._of.setdefault(owner, []).append(one)
+        return one.queue
 
     def detach(self, owner: MemoryTransport) -> None:
         """Close all queues of one transport."""
-        for _, queue, queue_owner in self._queues:
-            if queue_owner is owner:
-                queue.put_nowait(None)
-        self._queues = [entry for entry in self._queues if entry[2] is not owner]
+        for one in self._of.pop(owner, []):
+            one.queue.put_nowait(None)
+            for place in self._places(one):
+                place.remove(one)
+
+    def _places(self, one: _Subscription) -> list[list[_Subscription]]:
+        if one.wild:
+            return [self._wild]
+        return [self._exact.setdefault(topic, []) for topic in dict.fromkeys(one.patterns)]
+
+
+@dataclass(eq=False, slots=True)
+class _Subscription:
+    """Patterns, and what came for them; told apart by identity."""
+
+    patterns: tuple[str, ...]
+    queue: asyncio.Queue[Letter | None] = field(default_factory=asyncio.Queue)
+
+    @property
+    def wild(self) -> bool:
+        return any("+" in pattern or "#" in pattern for pattern in self.patterns)
 
 
 class MemoryTransport:

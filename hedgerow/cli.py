@@ -17,11 +17,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+LATE, NPZ, BOARDS = "Late joiners", "Data of your own", "Real boards"
+"""Headings in the help of `simulate`."""
+
 PASS_ON: dict[str, Any] = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
     "help_option_names": [],
 }
+
+
+STRATEGIES = ", ".join(
+    sorted(
+        path.stem
+        for path in (Path(__file__).parents[1] / "coordinator" / "strategies").glob("*.py")
+        if path.stem not in ("__init__", "base")
+    )
+)
+"""All there are, by the names of their files: importing them would take a second."""
+PARTITIONS = (
+    "iid, pathological:K (classes per device), dirichlet:ALPHA, or by:GROUP (by:subject for uci-har, by:role"
+    " for shakespeare, by:ARRAY for a .npz)."
+)
 
 
 def _version(wanted: bool) -> None:
@@ -57,16 +74,14 @@ def _settings(pairs: list[str] | None) -> dict[str, Any]:
 def demo(
     devices: Annotated[int, typer.Option(help="Agents, each a process with its own share.")] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds of training.")] = 10,
-    strategy: Annotated[str, typer.Option(help="fedavg, fedtp, local or pfl_tpp.")] = "pfl_tpp",
+    strategy: Annotated[str, typer.Option(help=f"One of {STRATEGIES}.")] = "pfl_tpp",
     dataset: Annotated[
         str, typer.Option(help="digits needs no files; others look in --data-dir.")
     ] = "digits",
     data_dir: Annotated[
         Path | None, typer.Option(envvar="HEDGEROW_DATA", help="Folder of the data sets.")
     ] = None,
-    partition: Annotated[
-        str, typer.Option(help="iid, pathological:K (classes per device), dirichlet:ALPHA or natural.")
-    ] = "dirichlet:0.3",
+    partition: Annotated[str, typer.Option(help=PARTITIONS)] = "dirichlet:0.3",
     seed: Annotated[int, typer.Option(help="Decides shares, initial model and batches.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use so many samples of the data set.")] = None,
     broker: Annotated[
@@ -115,29 +130,56 @@ def demo(
 def simulate(
     devices: Annotated[int, typer.Option(min=1, help="Virtual devices, each with its own share.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 10,
-    strategy: Annotated[str, typer.Option(help="fedavg, fedtp, local or pfl_tpp.")] = "pfl_tpp",
+    strategy: Annotated[str, typer.Option(help=f"One of {STRATEGIES}.")] = "pfl_tpp",
     dataset: Annotated[
         str,
         typer.Option(
-            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har and shakespeare are looked"
-            " for in --data-dir."
+            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har, shakespeare and every"
+            " FILE.npz are looked for in --data-dir."
         ),
     ] = "digits",
     data_dir: Annotated[
         Path | None, typer.Option(envvar="HEDGEROW_DATA", help="Folder of the data sets.")
     ] = None,
-    partition: Annotated[
-        str, typer.Option(help="iid, pathological:K (classes per device), dirichlet:ALPHA or natural.")
-    ] = "dirichlet:0.3",
+    partition: Annotated[str, typer.Option(help=PARTITIONS)] = "dirichlet:0.3",
     seed: Annotated[
         int, typer.Option(min=0, help="Decides shares, initial model and batches: same seed, same result.")
     ] = 0,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many samples of the data set, over all devices.")
     ] = None,
+    x: Annotated[
+        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    y: Annotated[
+        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY",
+            help="People, sites or other groups in a .npz; see by:GROUP.",
+            rich_help_panel=NPZ,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY",
+            help="Each row's part in a .npz: 0 training, 1 test; or 0, 1, 2 or the words training,"
+            " validation, test.",
+            rich_help_panel=NPZ,
+        ),
+    ] = None,
     fraction: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the devices asked in each round.")
     ] = 1.0,
+    late: Annotated[
+        int, typer.Option(min=0, help="So many devices, the last ones, join late.", rich_help_panel=LATE)
+    ] = 0,
+    late_after: Annotated[
+        int, typer.Option(min=0, help="The round after which they join.", rich_help_panel=LATE)
+    ] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A strategy's setting, such as target=0.95."),
@@ -148,6 +190,14 @@ def simulate(
             "--model",
             metavar="KEY=VALUE",
             help="Of the transformer: width=64, depth=2, heads=4, ffl_ratio=4, patch=7, pool=cls.",
+        ),
+    ] = None,
+    device_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device-model",
+            metavar="KEY=VALUE[,KEY=VALUE]",
+            help="A device's own model, for strategies that let devices differ. Several are dealt in turn.",
         ),
     ] = None,
     profile: Annotated[
@@ -163,6 +213,32 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Devices that train at once; one for each core if not given.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="process trains in threads of this one; ray over a Ray cluster, with the same result."
+        ),
+    ] = "process",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster, such as auto or ray://host:10001; without it one is started."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mqtt://HOST:PORT",
+            help="Talk over this broker, so that real boards can join.",
+            rich_help_panel=BOARDS,
+        ),
+    ] = None,
+    boards: Annotated[int, typer.Option(min=0, help="Wait for so many of them.", rich_help_panel=BOARDS)] = 0,
+    federation: Annotated[
+        str, typer.Option(help="Name on the broker, for their agent.toml.", rich_help_panel=BOARDS)
+    ] = "simulation",
+    deadline_s: Annotated[
+        float | None,
+        typer.Option("--deadline", min=1, help="Seconds that a round may take.", rich_help_panel=BOARDS),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all rounds and devices as JSON; progress goes to stderr.")
     ] = False,
@@ -176,7 +252,8 @@ def simulate(
 
     Accuracy as "sent" is of the model that comes down at the start of a
     round, "after" of the same after local training, both on each device's
-    own held-out part.
+    own held-out part. With an average (fedavg, fedprox) "after" is
+    fine-tuning: what the devices made of it is not what they get next.
 
     Examples:
 
@@ -187,6 +264,14 @@ def simulate(
     hedgerow simulate --strategy fedavg --devices 100 --fraction 0.1 --set epochs=1 --model width=32
 
     hedgerow simulate --folder run-1 --artifacts --json > run-1.json
+
+    hedgerow simulate --devices 12 --late 2 --late-after 5
+
+    hedgerow simulate --dataset gait.npz --data-dir ~/data --partition by:person --split part
+
+    hedgerow simulate --listen mqtt://192.168.1.10:1883 --boards 1
+
+    hedgerow simulate --engine ray --devices 1000 --ray-address auto
     """
     from hedgerow.simulate import run_command
 
@@ -197,18 +282,165 @@ def simulate(
             "strategy": strategy,
             "settings": _settings(settings),
             "model": _settings(model),
+            "device_models": [_settings(one.split(",")) for one in device_model or []],
             "dataset": dataset,
             "partition": partition,
             "limit": limit,
+            "x": x,
+            "y": y,
+            "group": group,
+            "split": split,
             "seed": seed,
             "fraction": fraction,
+            "late": late,
+            "late_after": late_after,
+            "boards": boards,
+            **({} if deadline_s is None else {"deadline_s": deadline_s}),
             "profile": profile,
             "artifacts": artifacts,
         },
         folder=folder,
         data_dir=data_dir,
         workers=workers,
+        engine=engine,
+        ray_address=ray_address,
+        listen=listen,
+        federation=federation,
         as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help=f"Some of {STRATEGIES}, with commas between. NAME:KEY=VALUE;KEY=VALUE is one with other"
+            " settings, NAME@LABEL:... gives it a name. In a shell, put all of it into quotes."
+        ),
+    ] = "pfl_tpp,fedtp",
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har, shakespeare and every"
+            " FILE.npz are looked for in --data-dir."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="HEDGEROW_DATA", help="Folder of the data sets.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Virtual devices, each with its own share.")] = 10,
+    partition: Annotated[str, typer.Option(help=PARTITIONS)] = "dirichlet:0.3",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 10,
+    seeds: Annotated[str, typer.Option(help="Every strategy runs once with each: 0,1,2")] = "0",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many samples of the data set, over all devices.")
+    ] = None,
+    fraction: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the devices asked in each round.")
+    ] = 1.0,
+    x: Annotated[
+        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    y: Annotated[
+        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="ARRAY", help="Groups in a .npz; see by:GROUP.", rich_help_panel=NPZ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY", help="Each row's part in a .npz, as for simulate.", rich_help_panel=NPZ
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="KEY=VALUE", help="Of the transformer, such as width=64."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[STRATEGY.]KEY=VALUE",
+            help="A setting of one strategy (or label), or of all that have it, such as epochs=3.",
+        ),
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="Device profile for modelled joules, such as raspberry-pi-4b.")
+    ] = "auto",
+    only: Annotated[
+        bool, typer.Option("--only", help="Leave out the baselines fedavg, local and fedper if not named.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the runs here; the same command goes on where it was. Without it, in a folder under"
+            " ./compare-runs that is named by the fleet."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Devices that train at once; one for each core if not given.")
+    ] = None,
+    json_to: Annotated[
+        str | None, typer.Option("--json", metavar="PATH", help="Write everything as JSON; - is stdout.")
+    ] = None,
+    html_to: Annotated[
+        Path | None, typer.Option("--html", metavar="PATH", help="Write one page with tables and figures.")
+    ] = None,
+    csv_to: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="PATH", help="Write a row for every strategy, seed, round and device."),
+    ] = None,
+) -> None:
+    """Compare strategies on the same fleet of virtual devices, with the same seeds, in one report.
+
+    fedavg, local and fedper always stand beside what is named, and FedAvg's
+    accuracy after local training has a row of its own (fedavg + fine-tuning):
+    without them a saving says little. Accuracy as sent in round r is that of
+    the model trained in the rounds before; what it took is counted
+    accordingly, and savings are against FedAvg.
+
+    Stopped or killed, the same command goes on where it was. With more
+    strategies or seeds, only what is missing runs.
+
+    Examples:
+
+    hedgerow compare --rounds 5 --devices 4 --limit 800 --html report.html
+
+    hedgerow compare --strategies "pfl_tpp,pfl_tpp@lean:lean=true" --seeds 0,1,2 --set epochs=3
+
+    hedgerow compare --dataset fashion-mnist --partition pathological:2 --json report.json --csv report.csv
+    """
+    from hedgerow.compare import run_command
+
+    code = run_command(
+        {
+            "strategies": strategies,
+            "seeds": seeds,
+            "sets": tuple(_settings(settings).items()),
+            "only": only,
+            "devices": devices,
+            "rounds": rounds,
+            "model": _settings(model),
+            "dataset": dataset,
+            "partition": partition,
+            "limit": limit,
+            "fraction": fraction,
+            "x": x,
+            "y": y,
+            "group": group,
+            "split": split,
+            "profile": profile,
+        },
+        folder=folder,
+        data_dir=data_dir,
+        workers=workers,
+        json_to=json_to,
+        html_to=html_to,
+        csv_to=csv_to,
     )
     raise typer.Exit(code)
 

@@ -36,7 +36,7 @@ from hedgerow.children import Child, spawn, stop_all
 from hedgerow.demo_report import DemoReport, Sample, gather, show
 from hedgerow.demo_screen import Screen
 
-READY_S = 30.0
+READY_S = 60.0
 SERVING_S = 30.0
 POLL_S = 0.25
 SAMPLES = 8

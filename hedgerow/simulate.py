@@ -2,54 +2,43 @@
 
 Nothing is imitated but the wire, which is a broker in memory. Every device has its share of a data set, its
 own vault and its own personal model; rounds, frames, receipts, checkpoints and snapshots are those of a real
-federation, so a simulation that is stopped goes on in the same folder and ends at the same bits.
+federation, so a simulation that is stopped goes on in the same folder and ends at the same bits. Its training
+can be spread over a Ray cluster, and real boards can join it over a real broker.
 """
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
-from coordinator.engine import Engine
-from coordinator.live import Live
-from coordinator.settings import CoordinatorSettings, HttpSettings, ModelSettings, RunSettings
+from coordinator.settings import RunSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import load_strategy
-from edge_agent.agent import OFFLINE, Agent
-from edge_agent.datasets import load
-from edge_agent.energy.meter import Meter
-from edge_agent.energy.sensor import find_sensors
-from edge_agent.energy.utilisation import ProcessShare
-from edge_agent.samples import DataSettings, LocalData
-from edge_agent.settings import AgentSettings
-from foundation.errors import HedgerowError, RoundError, SettingsError
+from edge_agent.datasets import load_shares, partition_problems
+from edge_agent.samples import DataSettings
+from foundation.errors import HedgerowError, SettingsError
 from foundation.frozen import Frozen
 from foundation.lock import hold
-from foundation.profile import DeviceProfile
-from foundation.topics import Topics
-from foundation.transport import MemoryBroker, MemoryTransport
-from hedgerow.simulate_report import SimulationReport, Watch, gather, show
+from foundation.mqtt import MqttSettings
+from foundation.spec import ModelSettings
+from foundation.topics import checked_name
+from foundation.words import unknown
+from hedgerow.simulate_report import SimulationReport, Watch, gather
+from hedgerow.simulate_tables import show
+from hedgerow.virtual import RUN, Where, run
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-RUN = "simulation"
-"""Name of the run, and of the federation."""
+HERE = Where()
+"""In this process, without a network."""
 ROUND_S = 7 * 24 * 3600.0
 """Deadline of a round: nobody is late here, however many devices share few cores."""
 
@@ -63,30 +52,86 @@ class Simulation(Frozen):
     settings: dict[str, Any] = Field(default_factory=dict)
     """The strategy's hyperparameters."""
     model: ModelSettings = ModelSettings()
+    device_models: tuple[ModelSettings, ...] = ()
+    """Own models, dealt in turn, where the strategy lets devices differ; without them all have `model`."""
     dataset: str = "digits"
+    """A built-in data set, or a `.npz` file that is shared."""
     partition: str = "dirichlet:0.3"
     limit: int | None = Field(None, ge=1)
     """Samples over all devices together; all of the data set when not set."""
+    x: str | None = None
+    y: str | None = None
+    group: str | None = None
+    split: str | None = None
+    """Arrays of a `.npz`: samples, labels, groups (people, sites), and the part of each row."""
     seed: int = Field(0, ge=0)
     """Decides shares, initial model and batches."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the devices that is asked in each round."""
+    late: int = Field(0, ge=0)
+    """The last so many devices join late ..."""
+    late_after: int = Field(0, ge=0)
+    """... after this round."""
+    boards: int = Field(0, ge=0, le=1000)
+    """Real agents that are waited for, beside the virtual devices."""
+    deadline_s: float = Field(ROUND_S, gt=0)
+    """For a round; matters where real boards take part."""
     profile: str = "auto"
     """Device profile for joules."""
     artifacts: bool = False
     """Whether the last round exports personal ONNX models."""
 
+    @model_validator(mode="after")
+    def _late_ones_can_be(self) -> Simulation:
+        if bool(self.late) != bool(self.late_after):
+            raise ValueError("late and late_after belong together: how many devices, and after which round")
+        if self.late >= self.devices:
+            raise ValueError(
+                f"late: {self.late} of {self.devices} devices; some must be there from the start"
+            )
+        if self.late_after >= self.rounds:
+            raise ValueError(f"late_after: no round is left after {self.late_after} of {self.rounds}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the virtual devices."""
+        width = len(str(self.devices - 1))
+        return [f"device-{index:0{width}d}" for index in range(self.devices)]
+
+    @property
+    def late_names(self) -> list[str]:
+        """Names of those that join late."""
+        return self.names[self.devices - self.late :]
+
     def data(self, index: int) -> DataSettings:
-        """Return the `[data]` table of one device."""
+        """Return the `[data]` table of one device; shares after the last virtual device's are for boards."""
+        arrays = {"x": self.x, "y": self.y, "group": self.group, "split": self.split}
         return DataSettings(
             kind="builtin",
             name=self.dataset,
             index=index,
-            count=self.devices,
+            count=self.devices + self.boards,
             partition=self.partition,
             seed=self.seed,
             limit=self.limit,
+            **{key: name for key, name in arrays.items() if name is not None},
         )
+
+    def own_model(self, index: int) -> ModelSettings:
+        """Return the model that a device has where devices may differ."""
+        return self.device_models[index % len(self.device_models)] if self.device_models else self.model
+
+    @property
+    def own_units(self) -> dict[str, int]:
+        """FFL units of one dense block of the devices that have a model of their own."""
+        models = [self.own_model(index) for index in range(self.devices)] if self.device_models else []
+        return {name: round(m.width * m.ffl_ratio) for name, m in zip(self.names, models, strict=False)}
+
+    def asked(self, number: int) -> int:
+        """Return how many agents round `number` asks."""
+        away = self.late if number <= self.late_after else 0
+        return max(1, round(self.fraction * (self.devices + self.boards - away)))
 
     def run(self) -> RunSettings:
         """Return what the coordinator is told."""
@@ -96,9 +141,10 @@ class Simulation(Frozen):
             settings=self.settings,
             rounds=self.rounds,
             seed=self.seed,
-            min_agents=self.devices,
+            min_agents=self.devices + self.boards,
             fraction=self.fraction,
-            deadline_s=ROUND_S,
+            late=dict.fromkeys(self.late_names, self.late_after + 1),
+            deadline_s=self.deadline_s,
             export=self.artifacts,
             model=self.model,
         )
@@ -110,10 +156,38 @@ def simulation_of(**fields: Any) -> Simulation:
         simulation = Simulation(**fields)
         simulation.data(0)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+        problems = (
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".lstrip(": ")
+            for e in error.errors()
+        )
         raise SettingsError("; ".join(problems)) from error
-    load_strategy(simulation.strategy, simulation.settings)
+    strategy = load_strategy(simulation.strategy, simulation.settings)
+    if simulation.device_models and not strategy.unequal:
+        raise SettingsError(
+            f"strategy {simulation.strategy} gives all devices one model: leave --device-model out, or choose"
+            " a strategy for unequal models, such as mh_pfedhn"
+        )
     return simulation
+
+
+def where_of(
+    engine: str = "process",
+    ray_address: str | None = None,
+    listen: str | None = None,
+    federation: str = RUN,
+) -> Where:
+    """Return where a simulation runs; raises `SettingsError` for an unknown engine or a wrong address."""
+    if engine not in ("process", "ray"):
+        raise SettingsError(unknown("engine", engine, ("process", "ray")))
+    if ray_address is not None and engine != "ray":
+        raise SettingsError("a Ray address is for the engine ray: give --engine ray with --ray-address")
+    broker = MqttSettings.from_url(listen) if listen is not None else None
+    return Where(
+        engine="ray" if engine == "ray" else "process",
+        ray_address=ray_address,
+        listen=broker,
+        federation=checked_name(federation, "federation"),
+    )
 
 
 def run_command(
@@ -122,23 +196,26 @@ def run_command(
     folder: Path | None = None,
     data_dir: Path | None = None,
     workers: int | None = None,
+    engine: str = "process",
+    ray_address: str | None = None,
+    listen: str | None = None,
+    federation: str = RUN,
     as_json: bool = False,
 ) -> int:
     """Simulate what `fields` describe, show progress and result, and return the exit code.
 
-    Without `folder`, nothing is kept.
+    Without `folder`, nothing is kept. `listen` is the address of a broker, for boards that join.
     """
     console = Console(stderr=as_json)
     try:
         simulation = simulation_of(**fields)
-        console.print(
-            f"[bold]hedgerow simulate[/bold]: {simulation.devices} devices, {simulation.strategy},"
-            f" {simulation.dataset} ({simulation.partition}), {simulation.rounds} rounds,"
-            f" seed {simulation.seed}",
-            highlight=False,
-        )
-        with _kept_or_not(folder) as place, Watch(console, simulation.rounds, simulation.devices) as watch:
-            report = simulate(simulation, place, data_dir=data_dir, workers=workers, watch=watch)
+        where = where_of(engine, ray_address, listen, federation)
+        console.print(_title(simulation), highlight=False)
+        for warning in problems_of(simulation, data_dir):
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        asked = [simulation.asked(number) for number in range(1, simulation.rounds + 1)]
+        with _kept_or_not(folder) as place, Watch(console, simulation.rounds, asked) as watch:
+            report = simulate(simulation, place, data_dir=data_dir, workers=workers, where=where, watch=watch)
     except KeyboardInterrupt:
         again = f": the same command goes on in {folder}" if folder else ""
         console.print(f"\n[yellow]stopped[/yellow]{again}", highlight=False)
@@ -153,37 +230,56 @@ def run_command(
     return 0
 
 
+def _title(simulation: Simulation) -> str:
+    return (
+        f"[bold]hedgerow simulate[/bold]: {simulation.devices} devices, {simulation.strategy},"
+        f" {simulation.dataset} ({simulation.partition}), {simulation.rounds} rounds, seed {simulation.seed}"
+    )
+
+
+def problems_of(simulation: Simulation, data_dir: Path | None = None) -> list[str]:
+    """Return what to know of the devices' shares before anything runs; raises as `partition_problems`."""
+    strategy = load_strategy(simulation.strategy, simulation.settings)
+    return partition_problems(simulation.data(0), data_dir, strategy.batch_size)
+
+
 def simulate(
     simulation: Simulation,
     folder: Path,
     *,
     data_dir: Path | None = None,
     workers: int | None = None,
+    where: Where = HERE,
     watch: Watch | None = None,
 ) -> SimulationReport:
     """Run the federation in `folder`, or go on with the one that is there; returns what came of it.
 
-    At most `workers` devices train at once (default: one for each core), with one thread of arithmetic
-    each. Raises `SettingsError` when the folder holds another simulation, `DataError` when a share cannot
-    be had, `RoundError` when the run fails.
+    At most `workers` devices train at once (default: one for each core, or all there are in the Ray cluster),
+    with one thread of arithmetic each. Raises `SettingsError` when the folder holds another simulation or
+    boards are to come without a broker, `DataError` when a share cannot be had, `RoundError` when the run
+    fails.
     """
+    if simulation.boards and where.listen is None:
+        raise SettingsError("boards come over a broker: give --listen mqtt://host:port with --boards")
     # Loaded here, before several threads ask for it at once.
     importlib.import_module("edge_agent.training.trainer")
     started = time.monotonic()
-    with hold(folder, "simulation"), ThreadPoolExecutor(workers or os.cpu_count() or 1, "device") as pool:
+    with hold(folder, "simulation"):
         _remember(simulation, folder)
         if not _is_finished(folder):
             if watch:
                 watch.say("reading the data")
-            read = partial(_read, simulation, data_dir)
-            data = list(pool.map(read, range(simulation.devices)))
-            asyncio.run(_federate(simulation, folder, data, pool, watch))
+            data = load_shares(simulation.data(0), data_dir)[: simulation.devices]
+            run(simulation, folder, data, where, workers=workers, watch=watch)
         with Store.open(_store(folder)) as store:
-            return gather(store, RUN, simulation.model_dump(mode="json"), time.monotonic() - started)
-
-
-def _read(simulation: Simulation, data_dir: Path | None, index: int) -> LocalData:
-    return load(simulation.data(index), data_dir)
+            return gather(
+                store,
+                RUN,
+                simulation.model_dump(mode="json"),
+                time.monotonic() - started,
+                late=simulation.late_names,
+                hidden=simulation.own_units,
+            )
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -230,119 +326,3 @@ def _remember(simulation: Simulation, folder: Path) -> None:
 def _is_finished(folder: Path) -> bool:
     with Store.open(_store(folder)) as store:
         return store.has_run(RUN) and store.run(RUN).state == "finished"
-
-
-# --- the federation ------------------------------------------------------------------------------
-
-
-class Desk(Executor):
-    """One device's place at the shared workers; counts the CPU seconds of its own work."""
-
-    def __init__(self, workers: Executor) -> None:
-        self._workers = workers
-        self._thread: int | None = None
-        self._offset = 0.0
-        self._known = 0.0
-
-    def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue work for whichever worker is free next."""
-        return self._workers.submit(self._counted, partial(work, *args, **kwargs))
-
-    def _counted(self, work: Callable[[], T]) -> T:
-        self._offset = self._known - time.thread_time()
-        self._thread = threading.get_ident()
-        try:
-            return work()
-        finally:
-            self.cpu_s()
-            self._thread = None
-
-    def cpu_s(self) -> float:
-        """Return CPU seconds so far; brought up to date by whoever asks from inside the work.
-
-        The meter asks at every edge of a stage, and those of the work are in the worker's own thread.
-        """
-        if threading.get_ident() == self._thread:
-            self._known = self._offset + time.thread_time()
-        return self._known
-
-
-async def _federate(
-    simulation: Simulation, folder: Path, data: Sequence[LocalData], pool: Executor, watch: Watch | None
-) -> None:
-    """Run coordinator and devices until the run is over; raises `RoundError` when it failed."""
-    broker = MemoryBroker()
-    settings = CoordinatorSettings(
-        federation=RUN, folder=_store(folder), http=HttpSettings(enabled=False), run=simulation.run()
-    )
-    profile = (
-        DeviceProfile.detect() if simulation.profile == "auto" else DeviceProfile.load(simulation.profile)
-    )
-    with Store.open(settings.folder) as store:
-        async with Live(store) as live:
-            engine = Engine(settings, transport=MemoryTransport(broker), store=store, live=live)
-            lives = [engine.serve()]
-            lives += [
-                _device(simulation, folder, index, own, broker, profile, Desk(pool))
-                for index, own in enumerate(data)
-            ]
-            if watch is not None:
-                hidden = round(simulation.model.width * simulation.model.ffl_ratio)
-                lives.append(watch.follow(live.listen(), hidden))
-            tasks = [asyncio.create_task(life) for life in lives]
-            over = asyncio.create_task(engine.finished.wait())
-            try:
-                await asyncio.wait([over, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                await live.flush()
-                for task in (over, *tasks):
-                    task.cancel()
-                ended = await asyncio.gather(*tasks, return_exceptions=True)
-            for outcome in ended:
-                if isinstance(outcome, Exception):
-                    raise outcome
-            if engine.outcome != "finished":
-                raise RoundError(
-                    str(live.snapshot().detail.get("reason", "the run stopped without a reason"))
-                )
-
-
-async def _device(
-    simulation: Simulation,
-    folder: Path,
-    index: int,
-    data: LocalData,
-    broker: MemoryBroker,
-    profile: DeviceProfile,
-    desk: Desk,
-) -> None:
-    """Live as one device until cancelled."""
-    name = f"device-{index:0{len(str(simulation.devices - 1))}d}"
-    settings = AgentSettings(
-        agent=name, federation=RUN, vault=folder / name, profile=profile.id, data=simulation.data(index)
-    )
-    will = (Topics(RUN).of(name, "presence"), OFFLINE.model_dump_json().encode())
-    with _meter(profile, simulation.devices, desk) as meter:
-        agent = Agent(
-            settings,
-            transport=MemoryTransport(broker, will=will),
-            meter=meter,
-            profile=profile.id,
-            threads=1,
-            load_data=lambda: data,
-            training=desk,
-        )
-        await agent.run()
-
-
-def _meter(profile: DeviceProfile, devices: int, desk: Desk) -> Meter:
-    """Return a meter that charges a device its work's share of this machine, as the demo does its process's.
-
-    Counters and models need no thread that samples; with hundreds of devices that is worth a lot.
-    """
-    model = profile.model
-    sensors = [
-        ProcessShare(sensor, devices, own=desk.cpu_s, u_rel=model.relative_net if model else None)
-        for sensor in find_sensors(profile)
-    ]
-    return Meter(profile, sensors, threaded=not all(sensor.cumulative for sensor in sensors))

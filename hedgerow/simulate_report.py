@@ -1,16 +1,18 @@
-"""What a simulation says while it runs, and what it found: tables for people, JSON for machines."""
+"""What a simulation says while it runs, and what it found (the tables are in simulate_tables.py)."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from coordinator.live import Event, Listener
 from coordinator.store.records import UpdateRecord
@@ -20,9 +22,9 @@ from foundation.energy import EnergyReading, Kind, Stage, split_by_kind, total
 from foundation.frozen import Frozen
 from foundation.messages import Json
 from foundation.spec import ModelSpec
-from hedgerow.demo_screen import bytes_text, joules_text
 
-SHOWN_DEVICES = 20
+LATE_TURNS = 5
+"""Rounds of a late joiner that are told apart."""
 
 
 class DeviceRound(Frozen):
@@ -43,6 +45,16 @@ class DeviceRound(Frozen):
     """Wall time of training, pruning and evaluating."""
     energy: EnergyReading
     """Of all stages of the round; the part of the receiving and sending that is not the work's is small."""
+    stages: dict[Stage, EnergyReading] = Field(default_factory=dict)
+    """The same by stage."""
+    cpu_s: float | None = None
+    """CPU seconds of training and pruning, of the thread that did it; `None` when the device did not tell."""
+    validation_sent: float | None = None
+    validation: float | None = None
+    """Accuracy on the validation part, as sent and after local training: what settings are chosen by."""
+    down_role_bytes: dict[str, int] = Field(default_factory=dict)
+    up_role_bytes: dict[str, int] = Field(default_factory=dict)
+    """Payload before compression, by role (`coordinator.report.role_bytes`)."""
 
 
 class RoundResult(Frozen):
@@ -53,14 +65,33 @@ class RoundResult(Frozen):
     seconds: float | None
     accuracy_sent: float
     accuracy_sent_worst: float
+    accuracy_sent_worst_tenth: float = math.nan
+    """Mean over the worst tenth of the devices, at least one."""
+    accuracy_sent_deviation: float = math.nan
+    """Standard deviation over the devices."""
     accuracy: float
     accuracy_worst: float
+    accuracy_worst_tenth: float = math.nan
+    accuracy_deviation: float = math.nan
     units_gone: float
     """Share of all FFL units, over devices and blocks, that are physically gone."""
     down_bytes: int
     up_bytes: int
     train_s: float
     joules: dict[Kind, float]
+
+
+class LateTurn(Frozen):
+    """Devices that joined late, in the first, second, ... round that asked them; means over devices."""
+
+    turn: int
+    rounds: tuple[int, ...]
+    devices: int
+    accuracy_sent: float
+    accuracy: float
+    others_sent: float | None
+    """Of everybody else in the same rounds."""
+    others: float | None
 
 
 class SimulationReport(Frozen):
@@ -76,6 +107,8 @@ class SimulationReport(Frozen):
     refusals: tuple[str, ...]
     """What devices would not do, with their reasons."""
     artifacts: tuple[Manifest, ...]
+    late: tuple[LateTurn, ...] = ()
+    """Late joiners in their first rounds."""
 
     @property
     def last(self) -> RoundResult:
@@ -83,13 +116,26 @@ class SimulationReport(Frozen):
         return self.rounds[-1]
 
 
-def gather(store: Store, run: str, simulation: Json, seconds: float) -> SimulationReport:
-    """Read a finished run from its store."""
+def gather(
+    store: Store,
+    run: str,
+    simulation: Json,
+    seconds: float,
+    *,
+    late: Collection[str] = (),
+    hidden: Mapping[str, int] | None = None,
+) -> SimulationReport:
+    """Read a finished run from its store.
+
+    `late` names those who joined late; `hidden` has the FFL units of one dense block of agents whose model is
+    not the run's.
+    """
     record = store.run(run)
     spec = ModelSpec.model_validate_json(record.spec_json)
     devices = [_device_round(update) for update in store.history(run)]
+    units = {d.agent: (hidden or {}).get(d.agent, spec.hidden) for d in devices}
     rounds = [
-        _round_result(row.round, row.seconds, [d for d in devices if d.round == row.round], spec.hidden)
+        _round_result(row.round, row.seconds, [d for d in devices if d.round == row.round], units)
         for row in store.rounds(run)
     ]
     return SimulationReport(
@@ -100,11 +146,13 @@ def gather(store: Store, run: str, simulation: Json, seconds: float) -> Simulati
         devices=tuple(devices),
         refusals=tuple(f"round {r.round}, {r.agent}: {r.reason}" for r in store.refusals(run)),
         artifacts=tuple(sorted(store.artifacts(run), key=lambda m: m.agent)),
+        late=tuple(_late_turns(devices, late)),
     )
 
 
 def _device_round(record: UpdateRecord) -> DeviceRound:
     summary = record.summary
+    metrics = summary["metrics"]
     ledger = {
         Stage(stage): EnergyReading.model_validate(reading) for stage, reading in summary["ledger"].items()
     }
@@ -113,34 +161,71 @@ def _device_round(record: UpdateRecord) -> DeviceRound:
         round=record.round,
         agent=record.agent,
         examples=summary["examples"],
-        accuracy_sent=summary["metrics"]["accuracy_sent"],
-        accuracy=summary["metrics"]["accuracy"],
+        accuracy_sent=metrics["accuracy_sent"],
+        accuracy=metrics["accuracy"],
         kept_units=tuple(summary["kept_units"]),
         down_bytes=summary["received_bytes"],
         up_bytes=summary["wire_bytes"],
         train_s=sum(ledger[stage].seconds for stage in worked if stage in ledger),
         energy=total(ledger.values()),
+        stages=ledger,
+        cpu_s=metrics.get("cpu_s"),
+        validation_sent=metrics.get("validation_sent"),
+        validation=metrics.get("validation"),
+        down_role_bytes=summary.get("down_role_bytes", {}),
+        up_role_bytes=summary.get("up_role_bytes", {}),
     )
 
 
 def _round_result(
-    number: int, seconds: float | None, devices: Sequence[DeviceRound], hidden: int
+    number: int, seconds: float | None, devices: Sequence[DeviceRound], hidden: Mapping[str, int]
 ) -> RoundResult:
-    kept = [units for d in devices for units in d.kept_units]
+    kept = sum(sum(d.kept_units) for d in devices)
+    dense = sum(len(d.kept_units) * hidden[d.agent] for d in devices)
+    sent, after = ([getattr(d, name) for d in devices] for name in ("accuracy_sent", "accuracy"))
     return RoundResult(
         round=number,
         devices=len(devices),
         seconds=seconds,
-        accuracy_sent=statistics.fmean(d.accuracy_sent for d in devices),
-        accuracy_sent_worst=min(d.accuracy_sent for d in devices),
-        accuracy=statistics.fmean(d.accuracy for d in devices),
-        accuracy_worst=min(d.accuracy for d in devices),
-        units_gone=1 - sum(kept) / (len(kept) * hidden),
+        accuracy_sent=statistics.fmean(sent),
+        accuracy_sent_worst=min(sent),
+        accuracy_sent_worst_tenth=worst_tenth(sent),
+        accuracy_sent_deviation=statistics.pstdev(sent),
+        accuracy=statistics.fmean(after),
+        accuracy_worst=min(after),
+        accuracy_worst_tenth=worst_tenth(after),
+        accuracy_deviation=statistics.pstdev(after),
+        units_gone=1 - kept / dense,
         down_bytes=sum(d.down_bytes for d in devices),
         up_bytes=sum(d.up_bytes for d in devices),
         train_s=sum(d.train_s for d in devices),
         joules=split_by_kind(d.energy for d in devices),
     )
+
+
+def worst_tenth(values: Sequence[float]) -> float:
+    """Return the mean of the lowest tenth of the values, of at least one."""
+    return statistics.fmean(sorted(values)[: math.ceil(len(values) / 10)])
+
+
+def _late_turns(devices: Sequence[DeviceRound], late: Collection[str]) -> Iterator[LateTurn]:
+    turns: dict[int, list[DeviceRound]] = {}
+    for agent in sorted(late):
+        own = sorted((d for d in devices if d.agent == agent), key=lambda d: d.round)
+        for turn, one in enumerate(own[:LATE_TURNS], 1):
+            turns.setdefault(turn, []).append(one)
+    for turn, these in sorted(turns.items()):
+        rounds = sorted({d.round for d in these})
+        others = [d for d in devices if d.round in rounds and d.agent not in late]
+        yield LateTurn(
+            turn=turn,
+            rounds=tuple(rounds),
+            devices=len(these),
+            accuracy_sent=statistics.fmean(d.accuracy_sent for d in these),
+            accuracy=statistics.fmean(d.accuracy for d in these),
+            others_sent=statistics.fmean(d.accuracy_sent for d in others) if others else None,
+            others=statistics.fmean(d.accuracy for d in others) if others else None,
+        )
 
 
 # --- while it runs -------------------------------------------------------------------------------
@@ -149,8 +234,12 @@ def _round_result(
 class Watch:
     """Shows a simulation while it runs: a bar on a terminal, a line for each round in a pipe."""
 
-    def __init__(self, console: Console, rounds: int, devices: int) -> None:
-        self._console, self._rounds, self._devices = console, rounds, devices
+    def __init__(self, console: Console, rounds: int, asked: int | Sequence[int]) -> None:
+        """Write to `console`; `asked` is how many devices every round asks, or each of them."""
+        self._console, self._rounds = console, rounds
+        each = [asked] * rounds if isinstance(asked, int) else list(asked)
+        self._before = [0, *accumulate(each)]
+        """Updates of all rounds before one, by its number - 1."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -158,7 +247,7 @@ class Watch:
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("starting", total=rounds * devices, eta="", figures="")
+        self._task = self._progress.add_task("starting", total=self._before[-1], eta="", figures="")
         self._began: tuple[float, int] | None = None
         self._round, self._updates, self._figures = 0, 0, ""
 
@@ -179,6 +268,10 @@ class Watch:
         """Say what is being done before the first round."""
         self._progress.update(self._task, description=what)
 
+    def tell(self, text: str) -> None:
+        """Print something that stays to be read."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     async def follow(self, listener: Listener, hidden: int) -> None:
         """Show what the coordinator's event bus tells, until it ends; a block has `hidden` units."""
         self.say("waiting for the devices")
@@ -191,7 +284,7 @@ class Watch:
                 self._round, self._updates = event.round, 0
             self._updates += 1
         elif event.kind == "round_closed" and event.round is not None:
-            self._round, self._updates = event.round, self._devices
+            self._round, self._updates = event.round, self._asked(event.round)
             self._figures = figures(event.data["metrics"], hidden)
             line = f"round {event.round:>{len(str(self._rounds))}}/{self._rounds}  {self._figures}"
             seconds = f"{event.data['metrics']['seconds']:.1f} s"
@@ -200,13 +293,21 @@ class Watch:
             self._console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         self._show()
 
+    def _asked(self, number: int) -> int:
+        return self._before[number] - self._before[number - 1]
+
+    @property
+    def _done(self) -> int:
+        if not self._round:
+            return 0
+        return self._before[self._round - 1] + min(self._updates, self._asked(self._round))
+
     def _show(self) -> None:
-        done = max(0, self._round - 1) * self._devices + min(self._updates, self._devices)
-        if self._began is None and done:
-            self._began = time.monotonic(), done
+        if self._began is None and self._done:
+            self._began = time.monotonic(), self._done
         self._progress.update(
             self._task,
-            completed=done,
+            completed=self._done,
             description=f"round {max(1, self._round)}/{self._rounds}",
             eta=self._eta(),
             figures=self._figures,
@@ -214,106 +315,13 @@ class Watch:
 
     def _eta(self) -> str:
         """Return the time left at the pace since the first update was heard."""
-        done = max(0, self._round - 1) * self._devices + self._updates
-        if self._began is None or done <= self._began[1]:
+        if self._began is None or self._done <= self._began[1]:
             return "ETA –"
-        pace = (time.monotonic() - self._began[0]) / (done - self._began[1])
-        return f"ETA {pace * (self._rounds * self._devices - done):.0f} s"
+        pace = (time.monotonic() - self._began[0]) / (self._done - self._began[1])
+        return f"ETA {pace * (self._before[-1] - self._done):.0f} s"
 
 
 def figures(metrics: Json, hidden: int) -> str:
-    """Return accuracy and units of a round in one phrase."""
+    """Return accuracy and units of a round in one phrase; without `hidden`, where models differ, no units."""
     text = f"accuracy {metrics['accuracy_sent']:.3f} sent, {metrics['accuracy']:.3f} after"
-    return f"{text}, units kept {metrics['kept_units'] / hidden:.0%}"
-
-
-# --- at the end ----------------------------------------------------------------------------------
-
-
-def show(report: SimulationReport, console: Console) -> None:
-    """Print the result; each table fits a terminal of 80 columns."""
-    for table in (_rounds(report), _devices(report)):
-        console.print()
-        console.print(table)
-    hidden = len([d for d in report.devices if d.round == report.last.round]) - SHOWN_DEVICES
-    if hidden > 0:
-        console.print(f"... and {hidden} more devices: see --json", highlight=False)
-    if report.artifacts:
-        console.print()
-        console.print(_artifacts(report))
-    for refusal in report.refusals:
-        console.print(f"refused: {refusal}", style="yellow", markup=False, highlight=False)
-    console.print(_energy_line(report), highlight=False)
-    console.print(f"the simulation took {report.seconds:.1f} s", highlight=False)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in columns:
-        left = name in ("round", "device")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    return table
-
-
-def _rounds(report: SimulationReport) -> Table:
-    title = "rounds: accuracy as sent and after training, mean and worst device"
-    table = _table(
-        title, "round", "sent", "worst", "after", "worst", "gone", "down", "up", "train s", "wall s"
-    )
-    for r in report.rounds:
-        table.add_row(
-            str(r.round),
-            f"{r.accuracy_sent:.3f}",
-            f"{r.accuracy_sent_worst:.3f}",
-            f"{r.accuracy:.3f}",
-            f"{r.accuracy_worst:.3f}",
-            f"{r.units_gone:.1%}",
-            bytes_text(r.down_bytes),
-            bytes_text(r.up_bytes),
-            f"{r.train_s:.1f}",
-            "–" if r.seconds is None else f"{r.seconds:.1f}",
-        )
-    return table
-
-
-def _devices(report: SimulationReport) -> Table:
-    last = [d for d in report.devices if d.round == report.last.round]
-    table = _table(
-        f"devices in round {report.last.round}, of {report.spec.depth} x {report.spec.hidden} FFL units",
-        *("device", "examples", "sent", "after", "kept", "down", "up", "train s"),
-    )
-    for d in last[:SHOWN_DEVICES]:
-        table.add_row(
-            d.agent,
-            str(d.examples),
-            f"{d.accuracy_sent:.3f}",
-            f"{d.accuracy:.3f}",
-            "+".join(map(str, d.kept_units)),
-            bytes_text(d.down_bytes),
-            bytes_text(d.up_bytes),
-            f"{d.train_s:.2f}",
-        )
-    return table
-
-
-def _artifacts(report: SimulationReport) -> Table:
-    title = "personal ONNX models, dense → pruned"
-    table = _table(title, "device", "parameters", "bytes", "ms a sample", "parity")
-    for m in report.artifacts[:SHOWN_DEVICES]:
-        latency = [f"{ms:.2f}" if ms is not None else "–" for ms in (m.dense_latency_ms, m.latency_ms)]
-        table.add_row(
-            m.agent,
-            f"{m.dense_parameters:,} → {m.parameters:,}",
-            f"{bytes_text(m.dense_bytes)} → {bytes_text(m.bytes)}",
-            " → ".join(latency),
-            f"{m.parity:.0e}",
-        )
-    return table
-
-
-def _energy_line(report: SimulationReport) -> str:
-    split = split_by_kind(d.energy for d in report.devices)
-    if not split:
-        return "energy: none; give --profile for joules from a power model (see firmware_profiles/)"
-    parts = ", ".join(joules_text(joules, kind) for kind, joules in split.items())
-    return f"energy of all devices and rounds: {parts} (this machine's, by CPU time of the work)"
+    return f"{text}, units kept {metrics['kept_units'] / hidden:.0%}" if hidden else text

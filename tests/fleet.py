@@ -11,7 +11,7 @@ from typing import Any
 
 from coordinator.engine import Engine
 from coordinator.live import Live
-from coordinator.settings import CoordinatorSettings, HttpSettings, ModelSettings, RunSettings
+from coordinator.settings import CoordinatorSettings, HttpSettings, RunSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
 from edge_agent.agent import OFFLINE, Agent
@@ -21,6 +21,7 @@ from edge_agent.samples import LocalData
 from edge_agent.settings import AgentSettings
 from foundation.messages import Presence
 from foundation.profile import DeviceProfile
+from foundation.spec import ModelSettings
 from foundation.topics import Topics
 from foundation.transport import MemoryBroker, MemoryTransport, Transport
 from tests.toys import toy_data

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.strategies.base import RoundContext, State, Strategy
-from edge_agent.agent import to_send
+from edge_agent.answer import arrived, kept, to_send, weights_of
 from edge_agent.samples import LocalData, Part
 from edge_agent.training.trainer import Checkpoint, Outcome, Progress, Task, carry_out
 from foundation.codec import frame_of, update_from
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Assignment, Update
 from foundation.normalisation import Normalisation
-from foundation.parameters import Parameters
+from foundation.parameters import Parameters, layout_size
 from foundation.spec import ModelSpec, initial_parameters
-from foundation.work import TERMS
+from foundation.work import ABILITIES
 
 SPEC = ModelSpec(input="image", shape=(1, 4, 4), classes=3, width=8, depth=2, heads=2, ffl_ratio=2, patch=2)
 LABELS = ("a", "b", "c")
@@ -44,7 +44,7 @@ def toy_data(seed: int, *, examples: int = 48, spec: ModelSpec = SPEC) -> LocalD
     return LocalData(spec.input, spec.shape, labels, train, part(8), part(24), learned)
 
 
-def toy_card(agent: str, data: LocalData) -> AgentCard:
+def toy_card(agent: str, data: LocalData, spec: ModelSpec = SPEC) -> AgentCard:
     return AgentCard(
         agent=agent,
         version="0",
@@ -53,7 +53,8 @@ def toy_card(agent: str, data: LocalData) -> AgentCard:
         input=data.input,
         shape=data.shape,
         labels=data.labels,
-        terms=TERMS,
+        terms=ABILITIES,
+        size=layout_size(weights_of(spec)),
     )
 
 
@@ -92,11 +93,15 @@ class ToyFederation:
     agents: int = 3
     seed: int = 0
     spec: ModelSpec = SPEC
+    own_specs: Mapping[str, ModelSpec] = field(default_factory=dict)
+    """Models of the devices that have one of their own, for strategies with unequal models."""
     personal: dict[str, tuple[Parameters, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.data = {f"d{i}": toy_data(i, spec=self.spec) for i in range(self.agents)}
-        self.cards = [toy_card(agent, data) for agent, data in self.data.items()]
+        names = [f"d{i}" for i in range(self.agents)]
+        self.specs = {name: self.own_specs.get(name, self.spec) for name in names}
+        self.data = {name: toy_data(i, spec=self.specs[name]) for i, name in enumerate(names)}
+        self.cards = [toy_card(agent, data, self.specs[agent]) for agent, data in self.data.items()]
 
     def begin(self) -> State:
         state = self.strategy.begin(initial_parameters(self.spec, self.seed), self.seed)
@@ -120,23 +125,36 @@ class ToyFederation:
         return self.strategy.plan(state, self.context(number))
 
     def work(self, assignment: Assignment) -> Update:
-        own, steps = self.personal.get(assignment.agent, (Parameters(), 0))
-        start = initial_parameters(self.spec, self.seed).updated(own).updated(assignment.parameters)
-        data = self.data[assignment.agent]
-        task = Task(self.spec, assignment.work, start, assignment.parameters, data, assignment.seed, steps)
-        outcome = carry_out(task, Quiet())
-        self.personal[assignment.agent] = (
-            outcome.parameters.only(assignment.work.keep),
-            outcome.pruning_steps,
+        agent, work = assignment.agent, assignment.work
+        spec = self.specs[agent] if work.layout == "flat" else self.spec
+        own, steps = self.personal.get(agent, (Parameters(), 0))
+        before = initial_parameters(spec, self.seed).updated(own)
+        sent = arrived(assignment, spec, before)
+        start = before.updated(sent)
+        teacher = assignment.spec if work.distillation() else None
+        task = Task(
+            spec,
+            work,
+            start,
+            sent,
+            self.data[agent],
+            assignment.seed,
+            teacher=teacher,
+            pruning_steps=steps,
+            own=own,
+            offered=assignment.masks,
         )
-        return update_from(frame_of(update_of(assignment, data, outcome)))  # what arrives, not what is sent
+        outcome = carry_out(task, Quiet())
+        self.personal[agent] = kept(outcome.parameters, outcome.extra, work), outcome.pruning_steps
+        update = update_of(assignment, self.data[agent], outcome, sent)
+        return update_from(frame_of(update))  # what arrives, not what is sent
 
     def round(self, state: State, number: int) -> tuple[State, list[Update]]:
         updates = [self.work(assignment) for assignment in self.plan(state, number)]
         return self.strategy.absorb(state, updates), updates
 
 
-def update_of(assignment: Assignment, data: LocalData, outcome: Outcome) -> Update:
+def update_of(assignment: Assignment, data: LocalData, outcome: Outcome, sent: Parameters) -> Update:
     return Update(
         run=assignment.run,
         round=assignment.round,
@@ -144,7 +162,7 @@ def update_of(assignment: Assignment, data: LocalData, outcome: Outcome) -> Upda
         examples=data.examples,
         metrics=outcome.metrics,
         kept_units=outcome.kept_units,
-        parameters=to_send(outcome.parameters, assignment.parameters, assignment.work),
+        parameters=to_send(outcome.parameters, outcome.extra, sent, assignment.work),
         masks=outcome.masks,
     )
 

@@ -218,23 +218,54 @@ class Store:
                     f"run {run!r} has a state already (after round {found.round}): resume from it"
                 )
 
-    def close_round(self, run: str, round: int, state: bytes, metrics: Json) -> None:
-        """Close an open round with the state that came of it, both or neither.
+    def close_round(
+        self,
+        run: str,
+        round: int,
+        state: bytes | None,
+        metrics: Json,
+        *,
+        absorbed: Collection[str] | None = None,
+    ) -> None:
+        """Close an open round, with the state that came of it where there is one: both or neither.
 
-        Closing a closed round again with the same state does nothing. Raises `StoreError` when the round was
-        never opened, or was closed with another state.
+        Without a state, `absorbed` (the agents whose updates made it) and their frames are what it can be
+        made of again, until `save_state`; the frames of others are let go. Closing a closed round again with
+        the same state does nothing. Raises `StoreError` when the round was never opened, or was closed with
+        another state.
         """
+        released: list[str] = []
         with self._writing() as connection:
             row = _one(connection, schema.rounds, run=run, round=round)
             if row is None:
                 raise StoreError(f"round {round} of run {run!r} was never opened")
-            digest = self._blobs.put(state)
+            digest = None if state is None else self._blobs.put(state)
             if row.state == "closed":
                 kept = _one(connection, schema.states, run=run, round=round)
-                if kept is None or kept.sha256 != digest:
+                if digest is not None and (kept is None or kept.sha256 != digest):
                     raise StoreError(f"round {round} of run {run!r} is closed already, with another state")
                 return
-            released = _close(connection, run, round, digest, dumps(metrics), self._clock())
+            if absorbed is not None:
+                released += _let_go_of_others(connection, run, round, absorbed)
+            _close(connection, run, round, dumps(metrics), self._clock())
+            if digest is not None:
+                released += _keep_state(connection, run, round, digest)
+        self._discard(released)
+
+    def save_state(self, run: str, round: int, state: bytes) -> None:
+        """Keep the state after a round that was closed without one; older states go.
+
+        Raises `StoreError` when the round is not closed, or has another state.
+        """
+        with self._writing() as connection:
+            row = _one(connection, schema.rounds, run=run, round=round)
+            if row is None or row.state != "closed":
+                raise StoreError(f"round {round} of run {run!r} is not closed: it has no state to keep")
+            digest = self._blobs.put(state)
+            kept = _one(connection, schema.states, run=run, round=round)
+            if kept is not None and kept.sha256 != digest:
+                raise StoreError(f"round {round} of run {run!r} has another state already")
+            released = [] if kept is not None else _keep_state(connection, run, round, digest)
         self._discard(released)
 
     def latest_state(self, run: str) -> tuple[int, bytes] | None:
@@ -463,15 +494,33 @@ def _as_store_errors() -> Iterator[None]:
         raise StoreError(f"the store failed: {error}") from error
 
 
-def _close(connection: Connection, run: str, round: int, digest: str, metrics: str, now: float) -> list[str]:
-    """Write snapshot and "closed", forget older states, and return the digests that were let go."""
-    states, rounds = schema.states, schema.rounds
-    connection.execute(sa.insert(states).values(run=run, round=round, sha256=digest))
+def _close(connection: Connection, run: str, round: int, metrics: str, now: float) -> None:
+    rounds = schema.rounds
     connection.execute(
         sa.update(rounds)
         .where(rounds.c.run == run, rounds.c.round == round)
         .values(state="closed", closed=now, metrics_json=metrics)
     )
+
+
+def _let_go_of_others(connection: Connection, run: str, round: int, agents: Collection[str]) -> list[str]:
+    """Forget the frames of a round's updates that are not of `agents`, and return their digests."""
+    table = schema.updates
+    where = (
+        (table.c.run == run)
+        & (table.c.round == round)
+        & table.c.agent.not_in(list(agents))
+        & table.c.frame_sha256.is_not(None)
+    )
+    frames = list(connection.execute(sa.select(table.c.frame_sha256).where(where)).scalars())
+    connection.execute(sa.update(table).where(where).values(frame_sha256=None))
+    return frames
+
+
+def _keep_state(connection: Connection, run: str, round: int, digest: str) -> list[str]:
+    """Write a state, forget older ones, and return the digests that were let go."""
+    states = schema.states
+    connection.execute(sa.insert(states).values(run=run, round=round, sha256=digest))
     mine = (
         sa.select(states.c.round, states.c.sha256).where(states.c.run == run).order_by(states.c.round.desc())
     )

@@ -8,7 +8,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -22,6 +22,7 @@ from foundation.frozen import Frozen
 from foundation.messages import AgentCard, Assignment, Update
 from foundation.parameters import Masks, Parameters
 from foundation.spec import ModelSpec
+from foundation.words import unknown
 from foundation.work import Encoding, LocalWork, Phase
 
 
@@ -108,6 +109,9 @@ class Strategy(Frozen, ABC):
     in which order updates are given and survives missing ones, even all of them.
     """
 
+    unequal: ClassVar[bool] = False
+    """Whether agents may differ in model and data; then only the size of theirs is known here."""
+
     epochs: int = Field(2, ge=0, le=1000)
     """Local epochs a round."""
     learning_rate: float = Field(1.5e-3, gt=0)
@@ -117,6 +121,8 @@ class Strategy(Frozen, ABC):
     clip: float = Field(1.0, gt=0)
     encoding: Encoding = "float32"
     """How values travel up; `float16` halves the bytes, `int8` quarters them."""
+    encoding_down: Encoding = "float32"
+    """How values travel down, unless the run says so itself."""
 
     @abstractmethod
     def begin(self, model: Parameters, seed: int) -> State:
@@ -129,6 +135,10 @@ class Strategy(Frozen, ABC):
     @abstractmethod
     def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
         """Return what each present agent is asked to do."""
+
+    def excluded(self, state: State, context: RoundContext) -> Mapping[str, str]:
+        """Return whom `plan` leaves out among those present, each with the reason in words."""
+        return {}
 
     @abstractmethod
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
@@ -160,14 +170,18 @@ def available() -> list[str]:
 def load_strategy(name: str, settings: Mapping[str, Any] | None = None) -> Strategy:
     """Return the strategy of that name with these settings.
 
-    Raises `SettingsError` that names the unknown strategy or the wrong key, and lists the valid ones.
+    Raises `SettingsError` that names the unknown strategy or key, the nearest one and all there are.
     """
     if name not in available():
-        raise SettingsError(f"there is no strategy {name!r}; choose one of {', '.join(available())}")
+        raise SettingsError(unknown("strategy", name, available()))
     kind: type[Strategy] = importlib.import_module(f"coordinator.strategies.{name}").STRATEGY
     try:
         return kind(**(settings or {}))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        fields = ", ".join(kind.model_fields)
-        raise SettingsError(f"strategy {name}: {problems}. Its settings are: {fields}") from error
+        problems = [
+            unknown("setting", ".".join(map(str, problem["loc"])), kind.model_fields)
+            if problem["type"] == "extra_forbidden"
+            else f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        ]
+        raise SettingsError(f"strategy {name}: {'; '.join(problems)}") from error

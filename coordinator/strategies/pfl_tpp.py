@@ -13,12 +13,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from coordinator.aggregate import in_order, mean_of_keepers, shares_of, weighted_mean
+from coordinator.aggregate import mean_of_keepers, shares_of, weighted_mean
 from coordinator.strategies.base import RoundContext, State, Strategy
 from coordinator.strategies.fedtp import ATTENTION, FedTP
-from foundation.messages import Assignment, Update
+from foundation.messages import Update
 from foundation.parameters import EVERYTHING, Parameters, Role
-from foundation.work import Phase, ThresholdPruning
+from foundation.work import LocalWork, Phase, Term, ThresholdPruning
 
 FFL = frozenset({Role.FFL})
 THRESHOLD = frozenset({Role.THRESHOLD})
@@ -42,12 +42,10 @@ class PflTpp(FedTP):
     max_drop: float = Field(0.3, gt=0, le=1)
     regulariser: float = Field(1.0, ge=0)
     task_gradient: bool = True
+    importance: Literal["norms", "random"] = "norms"
+    """`random` keeps units by lot: the control for which ones are kept."""
     lean: bool = False
     """Train attention and stem in the first local epoch only; later ones start from cached activations."""
-
-    def averaged(self) -> frozenset[Role]:
-        """Everything but attention, thresholds and what the policy keeps on the device."""
-        return super().averaged() - (FFL if self.ffl == "own" else frozenset())
 
     def own(self) -> frozenset[Role]:
         """The head and the FFLs, where they are personal."""
@@ -59,9 +57,37 @@ class PflTpp(FedTP):
         thresholds = model.only(THRESHOLD).prefixed("model/")
         return State(0, state.shared.updated(thresholds))
 
-    def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
-        """Send attention, mean and mean thresholds; ask for threshold pruning."""
-        pruning = ThresholdPruning(
+    def usual_work(self, context: RoundContext) -> LocalWork:
+        """Return FedTP's work with threshold pruning, once warm."""
+        sent = self.generated() if self.learns() else frozenset()
+        return self.work(
+            phases=self._phases(),
+            terms=(self._pruning(active=context.round > self.warm_up),),
+            send=self.averaged() | THRESHOLD | sent,
+            change=sent,
+            topk=self.topk if self.uplink == "topk" else 1.0,
+            keep=self.own(),
+        )
+
+    def first_terms(self) -> tuple[Term, ...]:
+        """Let a newcomer begin with the units that the mean thresholds leave, and cut none itself."""
+        return (self._pruning(active=False),)
+
+    def mean(self, state: State, updates: Sequence[Update]) -> Parameters:
+        """Return means of thresholds and the rest, and of FFLs by their policy."""
+        shares = shares_of(updates)
+        roles = self.averaged() | THRESHOLD
+        if self.ffl != "mean_of_keepers":
+            return weighted_mean([u.parameters.only(roles) for u in updates], shares)
+        mean = weighted_mean([u.parameters.only(roles - FFL) for u in updates], shares)
+        return mean.updated(mean_of_keepers(updates, shares, state.shared.under("model/").only(FFL)))
+
+    def learns(self) -> bool:
+        """Whether attention comes back."""
+        return self.uplink != "embed"
+
+    def _pruning(self, *, active: bool) -> ThresholdPruning:
+        return ThresholdPruning(
             target=self.target,
             floor=self.floor,
             threshold_rate=self.threshold_rate,
@@ -69,36 +95,9 @@ class PflTpp(FedTP):
             max_drop=self.max_drop,
             regulariser=self.regulariser,
             task_gradient=self.task_gradient,
-            active=context.round > self.warm_up,
+            importance=self.importance,
+            active=active,
         )
-        sent = frozenset() if self.uplink == "embed" else ATTENTION
-        work = self.work(
-            phases=self._phases(),
-            terms=(pruning,),
-            send=self.averaged() | THRESHOLD | sent,
-            change=sent,
-            topk=self.topk if self.uplink == "topk" else 1.0,
-            keep=self.own(),
-        )
-        down = self._generated(state, [card.agent for card in context.present])
-        return [context.assign(card.agent, work, down[card.agent]) for card in context.present]
-
-    def absorb(self, state: State, updates: Sequence[Update]) -> State:
-        """Chain rule for attention, means for thresholds and the rest, the FFL policy for FFLs."""
-        updates = in_order(updates)
-        if not updates:
-            return State(state.round + 1, state.shared, state.private)
-        shares = shares_of(updates)
-        roles = self.averaged() | THRESHOLD
-        if self.ffl == "mean_of_keepers":
-            roles = roles - FFL
-        mean = weighted_mean([u.parameters.only(roles) for u in updates], shares)
-        if self.ffl == "mean_of_keepers":
-            old = state.shared.under("model/").only(FFL)
-            mean = mean.updated(mean_of_keepers(updates, shares, old))
-        if self.uplink != "embed":
-            state = self._pulled_back(state, updates)
-        return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
 
     def _phases(self) -> tuple[Phase, ...]:
         moving = EVERYTHING - ATTENTION if self.uplink == "embed" else EVERYTHING

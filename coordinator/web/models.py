@@ -13,7 +13,6 @@ from typing import Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coordinator.live import AgentStatus
-from coordinator.settings import ModelSettings
 from coordinator.store.records import (
     RefusalRecord,
     RoundRecord,
@@ -28,6 +27,7 @@ from foundation.energy import EnergyReading, Kind, split_by_kind, total
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.messages import AgentCard, Json
+from foundation.spec import ModelSettings
 from foundation.topics import checked_name
 from foundation.work import Encoding
 

@@ -24,14 +24,17 @@ controller and floor are our choice; the papers leave them open.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foundation.nn.bridge import tensor_of
 from foundation.nn.transformer import FFL, Block, Transformer
-from foundation.parameters import Array, BoolArray, Parameters
+from foundation.parameters import Array, BoolArray, Masks, Parameters
 from foundation.spec import ModelSpec
-from foundation.work import ThresholdPruning
+from foundation.work import ImportancePruning, ThresholdPruning
 
 
 def surrogate(q: Tensor) -> Tensor:
@@ -48,21 +51,34 @@ def importance(parameters: Parameters, spec: ModelSpec, block: int) -> Array:
     return result
 
 
+def chance(spec: ModelSpec, block: int) -> Array:
+    """Return importances drawn for the units of a block, (hidden,): the control that knows nothing."""
+    return np.random.default_rng([0xC4A, block]).uniform(0.5, 1.5, spec.hidden).astype(np.float32)
+
+
 def floor_of(spec: ModelSpec, term: ThresholdPruning) -> int:
     """Return how many units a block keeps at least: the target's share, and never under `term.floor`."""
     return min(spec.hidden, max(term.floor, round(spec.hidden * (1 - term.target))))
 
 
-def masks_of(parameters: Parameters, spec: ModelSpec, term: ThresholdPruning) -> dict[str, BoolArray]:
+def masks_of(
+    parameters: Parameters, spec: ModelSpec, term: ThresholdPruning, offered: Masks | None = None
+) -> dict[str, BoolArray]:
     """Return which units of a dense model its thresholds keep, `blocks.i.ffl` -> (hidden,).
 
-    The floor holds here too: otherwise averaged thresholds overshoot the target at the round's start.
+    The floor holds here too: otherwise averaged thresholds overshoot the target at the round's start. Where
+    `offered` says which units came along, no others are kept.
     """
     masks = {}
     for i in range(spec.depth):
-        margin = importance(parameters, spec, i) - parameters[f"blocks.{i}.ffl.threshold"]
-        kept = margin > 0
+        size = chance(spec, i) if term.importance == "random" else importance(parameters, spec, i)
+        margin = size - parameters[f"blocks.{i}.ffl.threshold"]
         floor = floor_of(spec, term)
+        came = (offered or {}).get(f"blocks.{i}.ffl")
+        if came is not None and came.any():
+            margin = np.where(came, margin, -np.inf)
+            floor = min(floor, int(came.sum()))
+        kept = margin > 0
         if kept.sum() < floor:
             kept[np.argsort(-margin, kind="stable")[:floor]] = True
         masks[f"blocks.{i}.ffl"] = kept
@@ -94,27 +110,21 @@ def scattered(trained: Parameters, dense: Parameters, masks: dict[str, BoolArray
     return Parameters(arrays)
 
 
-class Pruner:
-    """Owns the thresholds of one training run and cuts the model's FFLs in place.
+class Cutter:
+    """Cuts a model's FFLs in place, and knows which of their original units are left.
 
-    `kept` holds, for every block, the original coordinates of the units that are still there;
-    `thresholds` are dense, so that those of dropped units go on travelling.
+    `kept` holds, for every block, the original coordinates of the units that are still there.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        thresholds: Parameters,
-        masks: dict[str, BoolArray],
-        term: ThresholdPruning,
-        *,
-        steps: int = 0,
-    ) -> None:
-        self.model, self.spec, self.term, self.steps = model, model.spec, term, steps
-        self.floor = floor_of(model.spec, term)
-        blocks = range(model.spec.depth)
-        self.thresholds = [torch.tensor(thresholds[f"blocks.{i}.ffl.threshold"]) for i in blocks]
-        self.kept = [torch.from_numpy(np.flatnonzero(masks[f"blocks.{i}.ffl"])) for i in blocks]
+    steps = 0
+    """Optimizer steps that count towards the next move of a threshold; none without thresholds."""
+
+    def __init__(self, model: Transformer, masks: Mapping[str, BoolArray]) -> None:
+        self.model, self.spec = model, model.spec
+        self.kept = [
+            torch.from_numpy(np.flatnonzero(masks[name])) if name in masks else torch.arange(self.spec.hidden)
+            for name in (f"blocks.{i}.ffl" for i in range(model.spec.depth))
+        ]
 
     @property
     def masks(self) -> dict[str, BoolArray]:
@@ -132,17 +142,118 @@ class Pruner:
         return tuple(len(kept) for kept in self.kept)
 
     def threshold_parameters(self) -> Parameters:
+        """Return the dense thresholds of all blocks; none here."""
+        return Parameters()
+
+    def after_backward(self) -> list[Tensor | None]:
+        """Count a step; return for each block the positions (in the compacted layer) to keep, or `None`.
+
+        Call it between `backward` and clipping, while gradients are the loss's own.
+        """
+        return [None] * len(self.kept)
+
+    def after_epochs(self, done: int, start: Parameters) -> list[Tensor | None]:
+        """Return the same after `done` epochs in which FFLs moved, away from their values in `start`."""
+        return [None] * len(self.kept)
+
+    def cut(self, keeps: list[Tensor | None], optimizer: torch.optim.Optimizer) -> bool:
+        """Remove units from the matrices and from the optimizer's moments; true if anything fell."""
+        for i, keep in enumerate(keeps):
+            if keep is None:
+                continue
+            ffl = self._ffl(i)
+            _shrink(ffl.up, "weight", keep, 0, optimizer)
+            _shrink(ffl.up, "bias", keep, 0, optimizer)
+            _shrink(ffl.down, "weight", keep, 1, optimizer)
+            ffl.up.out_features = ffl.down.in_features = len(keep)
+            self.kept[i] = self.kept[i][keep]
+        return any(keep is not None for keep in keeps)
+
+    def _importance(self, ffl: FFL) -> Tensor:
+        size: Tensor = ffl.up.weight.norm(dim=1) * ffl.down.weight.norm(dim=0)
+        return size / self.spec.importance_scale
+
+    def _ffl(self, i: int) -> FFL:
+        block = self.model.blocks[i]
+        assert isinstance(block, Block)
+        return block.ffl
+
+
+class ImportanceCutter(Cutter):
+    """Cuts a given share of every block's units once, after some epochs: the least important ones."""
+
+    def __init__(self, model: Transformer, masks: Mapping[str, BoolArray], term: ImportancePruning) -> None:
+        super().__init__(model, masks)
+        self.term = term
+        self.left = min(self.spec.hidden, max(term.floor, round(self.spec.hidden * (1 - term.ratio))))
+        """Units that every block keeps."""
+
+    @torch.no_grad()
+    def after_epochs(self, done: int, start: Parameters) -> list[Tensor | None]:
+        """Return what to keep when `done` are the term's epochs, and nothing to do otherwise."""
+        if done != self.term.epochs:
+            return [None] * len(self.kept)
+        return [self._choice(i, start) for i in range(len(self.kept))]
+
+    def _choice(self, i: int, start: Parameters) -> Tensor | None:
+        if len(self.kept[i]) <= self.left:
+            return None
+        order = torch.argsort(self._score(i, start), stable=True)
+        return torch.sort(order[len(self.kept[i]) - self.left :]).values
+
+    def _score(self, i: int, start: Parameters) -> Tensor:
+        ffl = self._ffl(i)
+        if self.term.score == "magnitude":
+            return self._importance(ffl)
+        parts = (
+            (ffl.up.weight, "up.weight"),
+            (ffl.up.bias[:, None], "up.bias"),
+            (ffl.down.weight.T, "down.weight"),
+        )
+        if self.term.score == "change_gradient":
+            gradients = (ffl.up.weight.grad, ffl.up.bias.grad, ffl.down.weight.grad)
+            if any(g is None for g in gradients):
+                return self._importance(ffl)  # no step was taken: nothing is known but the size
+            up, bias, down = (g for g in gradients if g is not None)
+            taylor = (ffl.up.weight * up).sum(1) + ffl.up.bias * bias + (ffl.down.weight * down).sum(0)
+            return taylor.abs()
+        total = torch.zeros(len(self.kept[i]))
+        for now, part in parts:
+            before = tensor_of(start[f"blocks.{i}.ffl.{part}"])
+            before = before.T if part == "down.weight" else before.reshape(len(before), -1)
+            total += (now - before[self.kept[i]]).square().sum(dim=1)
+        return total.sqrt()
+
+
+class Pruner(Cutter):
+    """Owns the thresholds of one training run and cuts the model's FFLs in place.
+
+    `thresholds` are dense, so that those of dropped units go on travelling.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        thresholds: Parameters,
+        masks: dict[str, BoolArray],
+        term: ThresholdPruning,
+        *,
+        steps: int = 0,
+    ) -> None:
+        super().__init__(model, masks)
+        self.term, self.steps = term, steps
+        self.floor = floor_of(model.spec, term)
+        blocks = range(model.spec.depth)
+        self.thresholds = [torch.tensor(thresholds[f"blocks.{i}.ffl.threshold"]) for i in blocks]
+
+    def threshold_parameters(self) -> Parameters:
         """Return the dense thresholds of all blocks."""
         return Parameters(
             (f"blocks.{i}.ffl.threshold", t.numpy().copy()) for i, t in enumerate(self.thresholds)
         )
 
     def after_backward(self) -> list[Tensor | None]:
-        """Count a step; when it is time, move the thresholds by eq. 3.
-
-        Call it between `backward` and clipping, while gradients are the loss's own. Returns for each
-        block the positions (in the compacted layer) to keep, or `None` where nothing falls.
-        """
+        """Count a step; when it is time, move the thresholds by eq. 3 and say what falls."""
         self.steps += 1
         if not self.term.active or self.steps % self.term.every:
             return [None] * len(self.kept)
@@ -156,10 +267,12 @@ class Pruner:
         ffl = self._ffl(i)
         t = self.thresholds[i][kept]
         size = self._importance(ffl)
+        if term.importance == "random":
+            size = torch.from_numpy(chance(self.spec, i))[kept]
         gone = 1 - len(kept) / self.spec.hidden
         pull = term.regulariser * min(1.0, max(0.0, (term.target - gone) / 0.1))
         step = pull * torch.exp(-t)
-        if term.task_gradient:
+        if term.task_gradient and term.importance != "random":
             step += surrogate(size - t) * self._saliency(ffl)
         t = t + term.threshold_rate * term.every * step
         self.thresholds[i][kept] = t
@@ -177,28 +290,6 @@ class Pruner:
             return torch.zeros(ffl.down.weight.shape[1])
         s = (ffl.down.weight * gradient).sum(dim=0)  # eq. 2
         return s / s.abs().mean().clamp_min(1e-12)
-
-    def _importance(self, ffl: FFL) -> Tensor:
-        size: Tensor = ffl.up.weight.norm(dim=1) * ffl.down.weight.norm(dim=0)
-        return size / self.spec.importance_scale
-
-    def cut(self, keeps: list[Tensor | None], optimizer: torch.optim.Optimizer) -> bool:
-        """Remove units from the matrices and from the optimizer's moments; true if anything fell."""
-        for i, keep in enumerate(keeps):
-            if keep is None:
-                continue
-            ffl = self._ffl(i)
-            _shrink(ffl.up, "weight", keep, 0, optimizer)
-            _shrink(ffl.up, "bias", keep, 0, optimizer)
-            _shrink(ffl.down, "weight", keep, 1, optimizer)
-            ffl.up.out_features = ffl.down.in_features = len(keep)
-            self.kept[i] = self.kept[i][keep]
-        return any(keep is not None for keep in keeps)
-
-    def _ffl(self, i: int) -> FFL:
-        block = self.model.blocks[i]
-        assert isinstance(block, Block)
-        return block.ffl
 
 
 def _shrink(layer: nn.Linear, name: str, keep: Tensor, axis: int, optimizer: torch.optim.Optimizer) -> None:

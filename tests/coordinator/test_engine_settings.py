@@ -51,8 +51,8 @@ async def engine_of(
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"strategy": "fedbest"}, "there is no strategy 'fedbest'; choose one of fedavg"),
-        ({"strategy": "fedavg", "settings": {"epoch": 1}}, "strategy fedavg: epoch: "),
+        ({"strategy": "fedbest"}, "there is no strategy 'fedbest'"),
+        ({"strategy": "fedavg", "settings": {"epoch": 1}}, "strategy fedavg: there is no setting 'epoch'"),
         ({"strategy": "fedavg", "settings": {"epochs": -1}}, "strategy fedavg: epochs: "),
     ],
 )

@@ -17,6 +17,8 @@ def parse(toml: str) -> DataSettings:
 def test_every_kind_reads_naturally() -> None:
     builtin = parse('name = "uci-har"\nindex = 3\ncount = 30\npartition = "natural"\nlimit = 2000')
     assert (builtin.kind, builtin.share.index, builtin.share.partition) == ("builtin", 3, "natural")
+    file = parse('name = "mine.npz"\npartition = "by:person"\nsplit = "fold"\nx = "signal"\ncount = 4')
+    assert (file.share.partition, file.split, file.x) == ("by:person", "fold", "signal")
     assert parse('kind = "npz"\npath = "mine.npz"\nlabels = ["no", "yes"]').labels == ("no", "yes")
     table = parse('kind = "csv"\npath = "mine.csv"\nlabel = "state"\ncolumns = ["a", 2]\nshape = [1, 2]')
     assert table.columns == ("a", 2)
@@ -39,7 +41,8 @@ def test_every_kind_reads_naturally() -> None:
         ('kind = "csv"\npath = "x"\ntopic = "a"', "topic: not a key of kind = 'csv'"),
         ('labels = ["a", "b"]', "labels: not a key of kind = 'builtin'"),
         ("validation = 0.5\ntest = 0.5", "leave nothing to train on"),
-        ('partition = "natrual"', "is none of 'iid'"),
+        ('partition = "natrual"', "is none of 'iid'.*did you mean 'natural'"),
+        ('partition = "by:"', "is none of 'iid'"),
         ("index = 4\ncount = 4", "does not exist"),
         ('kind = "npz"\npath = "x"\nlabels = ["a", "a"]', "at least two names"),
         ('kind = "npz"\npath = "x"\nshape = [0, 2]', "positive numbers"),

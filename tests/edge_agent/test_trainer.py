@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_agent.agent import largest, to_send
+from edge_agent.answer import largest, to_send
 from edge_agent.training.trainer import Cancelled, Checkpoint, Outcome, Task, carry_out, evaluate
 from foundation.energy import Stage
 from foundation.errors import WorkRefused
@@ -177,7 +177,7 @@ def test_what_comes_back_is_what_was_asked() -> None:
     trained = initial_parameters(SPEC, 1)
     sent = initial_parameters(SPEC, 0).only({Role.ATTENTION, Role.REST})
     work = LocalWork(send=frozenset({Role.ATTENTION, Role.THRESHOLD}), change=frozenset({Role.ATTENTION}))
-    back = to_send(trained, sent, work)
+    back = to_send(trained, Parameters(), sent, work)
     assert {role_of(n) for n in back} == {Role.ATTENTION, Role.THRESHOLD}
     name = "blocks.0.attention.qkv.weight"
     assert np.array_equal(back[name], sent[name] - trained[name])  # sent - trained: everything descends

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from foundation.energy import Kind
 from foundation.errors import DataError, SettingsError
 from hedgerow.cli import app
-from hedgerow.simulate import Desk, Simulation, simulate, simulation_of
-from hedgerow.simulate_report import SimulationReport, Watch, show
+from hedgerow.simulate import Simulation, simulate, simulation_of
+from hedgerow.simulate_report import SimulationReport, Watch
+from hedgerow.simulate_tables import show
+from hedgerow.virtual import Desk
 
 
 def small(**changes: Any) -> Simulation:

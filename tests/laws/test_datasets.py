@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.datasets import BUILTIN, DataSettings, LocalData, load, own_rows
+from edge_agent.datasets import BUILTIN, DataSettings, LocalData, load, own_rows, partition_problems
 from edge_agent.samples import split
 from foundation.errors import DataError
 from foundation.parameters import Array
 from foundation.spec import ModelSpec
+from foundation.words import devices
 
 GROUPED = {"uci-har": 30, "shakespeare": 141}
+GROUP = {"uci-har": "subject", "shakespeare": "role"}
 EVERY = [pytest.param(name, marks=() if name == "digits" else pytest.mark.data) for name in sorted(BUILTIN)]
 
 
@@ -53,6 +55,40 @@ def test_shares_are_disjoint_cover_and_repeat(name: str, folder: Path) -> None:
             for index, rows in enumerate(shares):
                 owners[rows] = index
             assert torn(source.segments, owners) == 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_shares_are_looked_at_as_they_will_be(name: str, folder: Path) -> None:
+    # Segments of UCI HAR leave no room for three parts in so small a share.
+    limit = None if name == "uci-har" else 1700
+    for partition, count in (*partitions(name)[:2], ("iid", 20)):
+        settings = settings_of(name, partition, count, limit=limit)
+        said = [line for line in partition_problems(settings, folder, 40) if "two batches of 40" in line]
+        source = BUILTIN[name](folder, settings)
+        shares = (own_rows(source, settings_of(name, partition, count, i, limit=limit)) for i in range(count))
+        trained = [len(split(source, rows, settings)[0]) for rows in shares]
+        few = [device for device, number in enumerate(trained) if number < 80]
+        assert len(said) == bool(few)
+        if few:
+            assert f"on {devices(few)} (the fewest: {min(trained)} on" in said[0]
+    assert few or name == "uci-har"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_by_its_group_is_natural_and_by_another_is_refused(name: str, folder: Path) -> None:
+    if name not in GROUP:
+        with pytest.raises(DataError, match=r"no group 'subject'. There is none"):
+            load(settings_of(name, "by:subject", 3), folder)
+        return
+    source = BUILTIN[name](folder, settings_of(name, "natural", 5))
+    for index in range(5):
+        natural = own_rows(source, settings_of(name, "natural", 5, index, limit=900))
+        by = own_rows(source, settings_of(name, f"by:{GROUP[name]}", 5, index, limit=900))
+        np.testing.assert_array_equal(natural, by)
+        assert source.groups is not None
+        assert len(np.unique(source.groups[by])) == 1
+    with pytest.raises(DataError, match=rf"no group 'person'.*There are: {GROUP[name]}"):
+        load(settings_of(name, "by:person", 3), folder)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -166,10 +202,10 @@ def torn(segments: Array, parts: Array) -> int:
 
 
 def test_a_wrong_name_or_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data set 'minst'; there are cifar10"):
+    with pytest.raises(DataError, match=r"no data set 'minst'; did you mean 'mnist'\? There are: cifar10"):
         load(DataSettings(name="minst"), tmp_path)
     with pytest.raises(DataError, match="HEDGEROW_DATA"):
         load(DataSettings(name="mnist"))
     for name in sorted(set(BUILTIN) - {"digits"}):
-        with pytest.raises(DataError, match="is not there: check the path"):
+        with pytest.raises(DataError, match=r"is not there: (download|unpack) https?://"):
             load(DataSettings(name=name), tmp_path)

@@ -22,6 +22,8 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("pfl_tpp", {"ffl": "mean", "warm_up": 0, "personal_head": False}),
     ("pfl_tpp", {"uplink": "topk", "topk": 0.3, "lean": True}),
     ("pfl_tpp", {"uplink": "embed"}),
+    ("pfedla", {"mixing": "hypernetwork"}),
+    ("pfedla", {"heuristic": 2}),
 ]
 
 every_strategy = pytest.mark.parametrize(
@@ -62,8 +64,11 @@ def test_what_goes_down_is_what_is_personal(name: str, settings: dict[str, objec
         personal = toy.strategy.personal(state, assignment.agent)
         assert same(assignment.parameters, personal, 1e-7)
         assert {t.term for t in assignment.work.terms} <= TERMS
-        frozen = EVERYTHING - assignment.work.keep
-        assert {role_of(n) for n in assignment.parameters} <= frozen, "what is personal must not be sent"
+        assert not any(n.startswith(assignment.work.own) for n in assignment.parameters)
+        # A blend needs both, what is kept and what is sent; and what may be `own` next time is kept beside.
+        if assignment.work.blend() is None and not assignment.work.own:
+            frozen = EVERYTHING - assignment.work.keep
+            assert {role_of(n) for n in assignment.parameters} <= frozen, "what is personal must not be sent"
 
 
 @every_strategy
@@ -145,14 +150,19 @@ def test_frames_carry_everything(name: str, settings: dict[str, object]) -> None
 
 def test_the_folder_is_the_registry() -> None:
     assert {"fedavg", "fedtp", "local", "pfl_tpp"} <= set(available())
-    with pytest.raises(SettingsError, match="no strategy 'fedsgd'; choose one of"):
-        load_strategy("fedsgd")
+    with pytest.raises(SettingsError, match=r"no strategy 'fedagv'; did you mean 'fedavg'\? There are: "):
+        load_strategy("fedagv")
+    with pytest.raises(SettingsError, match=r"no strategy 'zzz'\. There are: .*fedavg.*local"):
+        load_strategy("zzz")
 
 
 @pytest.mark.parametrize("name", available())
 def test_a_misspelt_setting_is_named(name: str) -> None:
-    with pytest.raises(SettingsError, match="epoch_s"):
+    said = r"there is no setting 'epoch_s'; did you mean 'epochs'\? There are: .*learning_rate"
+    with pytest.raises(SettingsError, match=f"strategy {name}: {said}"):
         load_strategy(name, {"epoch_s": 3})
+    with pytest.raises(SettingsError, match=r"learning_rate: .*greater.*; there is no setting 'nothing'"):
+        load_strategy(name, {"learning_rate": -1, "nothing": 0})
     with pytest.raises(SettingsError, match="learning_rate"):
         load_strategy(name, {"learning_rate": -1})
 

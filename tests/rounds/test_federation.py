@@ -77,6 +77,39 @@ async def test_a_coordinator_cut_off_in_a_round_resumes_it(tmp_path: Path) -> No
         assert [len(whole.store.updates("r", n)) for n in (1, 2, 3)] == [3, 3, 3]
 
 
+async def test_without_a_snapshot_the_updates_since_make_the_state_again(tmp_path: Path) -> None:
+    expected = await _unbroken(tmp_path / "a")
+    run = run_settings(snapshot_every=3)
+    async with fleet(tmp_path / "b", memory(MemoryBroker()), run) as whole:
+        async with asyncio.timeout(30):
+            while whole.store is None or len(whole.store.rounds("r") if whole.store.has_run("r") else []) < 3:
+                await asyncio.sleep(0.002)
+        assert whole.store.latest_state("r")[0] == 0, "rounds 1 and 2 closed without a snapshot"
+        await whole.cut("coordinator")
+        whole.engine = None
+        whole.start("coordinator")
+        assert await whole.finished() == "finished"
+        assert whole.state().to_bytes() == expected
+        assert whole.store.latest_state("r")[0] == 3
+
+
+async def test_an_agent_that_does_not_know_a_term_is_left_out_by_name(tmp_path: Path) -> None:
+    async with fleet(tmp_path, memory(MemoryBroker()), run_settings(min_agents=3)) as whole:
+        old = whole.agents
+        async with asyncio.timeout(30):
+            while "d2" not in old:
+                await asyncio.sleep(0.001)
+        card = old["d2"].card
+        old["d2"].card = lambda: card().model_copy(update={"terms": frozenset({"proximal"})})
+        assert await whole.finished() == "finished"
+        assert whole.engine is not None
+        assert whole.store is not None
+        await whole.engine.live.flush()
+        assert [u.agent for u in whole.store.updates("r", 1)] == ["d0", "d1"]
+        texts = [e.text for e in whole.store.latest_events(100)]
+        assert any("d2 skipped: it does not know threshold_pruning" in text for text in texts), texts
+
+
 async def test_another_seed_is_another_run(tmp_path: Path) -> None:
     assert await _unbroken(tmp_path / "a", seed=1) != await _unbroken(tmp_path / "b", seed=0)
 

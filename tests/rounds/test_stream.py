@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.settings import ModelSettings
 from edge_agent.agent import Agent
 from edge_agent.datasets import DataSettings, load
 from edge_agent.energy.meter import Meter
 from edge_agent.settings import AgentSettings
 from edge_agent.stream import StreamRecorder
 from foundation.profile import DeviceProfile
+from foundation.spec import ModelSettings
 from foundation.transport import MemoryBroker, MemoryTransport
 from tests.fleet import TOPICS, Fleet, memory, run_settings
 

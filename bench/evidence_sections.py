@@ -1,0 +1,177 @@
+"""What bench/evidence.py runs: tables of one fleet each, and the methods in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PROFILE = "generic-x86-server"
+"""The power model of all runs: joules are modelled from the CPU time of the machine that simulates."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: a strategy with its settings."""
+
+    label: str
+    strategy: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fleet: Mapping[str, Any] = field(default_factory=dict)
+    """What differs in the fleet, such as the model."""
+    tuned: bool = False
+    """Whether three learning rates are tried."""
+    by: str = "best"
+    """What the rate is chosen by: validation `sent`, `after`, or the better of the two (`best`)."""
+    served: str = "best"
+    """Which accuracy is the method's own where one figure is wanted: `sent`, `after`, or by validation."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that it is run with; the table's without."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods on one fleet."""
+
+    title: str
+    fleet: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rate: float = 1.5e-3
+    """Learning rate of what is not tuned."""
+    note: str = ""
+
+
+def fleet(dataset: str, partition: str, devices: int, rounds: int, **more: Any) -> dict[str, Any]:
+    """Return the fields of `Simulation` that a table shares."""
+    named = {"dataset": dataset, "partition": partition, "devices": devices, "rounds": rounds}
+    return {**named, "profile": PROFILE, **more}
+
+
+def main_methods(*, tuned: bool) -> tuple[Method, ...]:
+    """Return the methods of every table, with their baselines."""
+    return (
+        Method("local", "local", tuned=tuned, by="after", served="after"),
+        Method("fedavg", "fedavg", tuned=tuned, by="sent", served="sent"),
+        Method("fedavg + fine-tuning", "fedavg", tuned=tuned, by="after", served="after"),
+        Method("fedper", "fedper", tuned=tuned),
+        Method("fedtp", "fedtp", tuned=tuned),
+        Method("pfl_tpp", "pfl_tpp", {"target": 0.92, "learning_rate": 1.5e-3}),
+        Method("hedgerow", "hedgerow", {"learning_rate": 3e-3}),
+    )
+
+
+OTHERS = (
+    Method("pfl_tpp, lean, int8", "pfl_tpp", {"target": 0.92, "lean": True, "encoding": "int8"}),
+    Method("hedgerow, gates fixed", "hedgerow", {"gate_rate": 0.0, "learning_rate": 3e-3}),
+    Method("fedprox", "fedprox", seeds=(0,)),
+    Method("pfedhn", "pfedhn", seeds=(0,)),
+    Method("pfedla", "pfedla", seeds=(0,)),
+    Method("heurpfedla, K = 2", "pfedla", {"heuristic": 2}, seeds=(0,)),
+    Method("adaptive_pruning", "adaptive_pruning", seeds=(0,)),
+)
+
+TUNED = main_methods(tuned=True)
+PLAIN = main_methods(tuned=False)
+SPLITS = ("pathological:2", "dirichlet:0.3")
+LONG = {"epochs": 3, "learning_rate": 3e-3}
+CONTROL = {"personal_head": False, "ffl": "mean_of_keepers", "target": 0.9, **LONG}
+CELL = {"bandwidth_hz": 1e5}
+SIZES = ({"width": 32, "depth": 2}, {"width": 64, "depth": 2}, {"width": 64, "depth": 3})
+
+
+def _unequal(label: str, sizes: tuple[dict[str, int], ...], **settings: Any) -> Method:
+    return Method(label, "mh_pfedhn", settings, {"device_models": list(sizes)}, served="best")
+
+
+SECTIONS: dict[str, tuple[Table, ...]] = {
+    "fashion": tuple(
+        Table(
+            f"Fashion-MNIST, 10 devices, {split}",
+            fleet("fashion-mnist", split, 10, 10, limit=4000),
+            TUNED,
+        )
+        for split in SPLITS
+    ),
+    "others": tuple(
+        Table(
+            f"Fashion-MNIST, 10 devices, {split}: the other methods",
+            fleet("fashion-mnist", split, 10, 10, limit=4000),
+            (Method("fedavg", "fedavg", by="sent", served="sent"), *OTHERS),
+        )
+        for split in SPLITS
+    ),
+    "har": (Table("UCI HAR, 10 people, by:subject", fleet("uci-har", "by:subject", 10, 12), TUNED),),
+    "shakespeare": (
+        Table(
+            "Shakespeare, 10 roles, by:role",
+            fleet("shakespeare", "by:role", 10, 12, limit=2400),
+            TUNED,
+            rate=4e-3,
+        ),
+    ),
+    "cifar": tuple(
+        Table(
+            f"CIFAR-10 (10k/4k subset), 10 devices, {split}",
+            fleet("cifar10", split, 10, 10, limit=4000),
+            PLAIN,
+            note="Learning rates were not tuned here.",
+        )
+        for split in SPLITS
+    ),
+    "units": (
+        Table(
+            "Shakespeare, 4 devices, iid: which units are kept",
+            fleet("shakespeare", "iid", 4, 8, limit=6000),
+            (
+                Method("dense, 256 units", "fedtp", LONG),
+                Method("learned thresholds, 10 % kept", "pfl_tpp", CONTROL),
+                Method("random units, 10 % kept", "pfl_tpp", {**CONTROL, "importance": "random"}),
+                Method("narrow dense, 26 units", "fedtp", LONG, {"model": {"ffl_ratio": 0.4}}),
+            ),
+        ),
+    ),
+    "unequal": (
+        Table(
+            "Fashion-MNIST, 9 devices, pathological:2: unequal models",
+            fleet("fashion-mnist", "pathological:2", 9, 10, limit=4000),
+            (
+                _unequal("three sizes mixed", SIZES),
+                _unequal("three sizes mixed, with teacher", SIZES, teacher=True),
+                *(_unequal(f"width {s['width']}, depth {s['depth']} alone", (s,)) for s in SIZES),
+                Method("local, width 64, depth 2", "local", served="after"),
+            ),
+        ),
+    ),
+    "allocation": (
+        Table(
+            "Fashion-MNIST, 10 devices, pathological:2: a cell of 100 kHz",
+            fleet("fashion-mnist", "pathological:2", 10, 10, limit=4000),
+            (
+                Method("adaptive_pruning, shortest round", "adaptive_pruning", {**CELL, "tightness": 1.0}),
+                Method("adaptive_pruning, half way", "adaptive_pruning", {**CELL, "tightness": 0.5}),
+                Method("adaptive_pruning, not pruned", "adaptive_pruning", {**CELL, "tightness": 0.0}),
+            ),
+        ),
+    ),
+    "late": (
+        Table(
+            "Fashion-MNIST, 12 devices, dirichlet:0.3: the last 2 join after round 8",
+            fleet("fashion-mnist", "dirichlet:0.3", 12, 9, limit=4800, late=2, late_after=8),
+            (
+                Method("fedavg", "fedavg", {"epochs": 1}),
+                Method("fedtp, cold start", "fedtp", {"cold_start_local": 1}),
+                Method("hedgerow", "hedgerow"),
+            ),
+        ),
+    ),
+    "fashion20": tuple(
+        Table(
+            f"Fashion-MNIST, 20 devices, {split}",
+            fleet("fashion-mnist", split, 20, 10, limit=4000),
+            PLAIN,
+            note="Learning rates were not tuned here.",
+        )
+        for split in SPLITS
+    ),
+}

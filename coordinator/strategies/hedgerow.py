@@ -1,0 +1,163 @@
+"""Hedgerow, our own: everything is averaged, everything is kept, and gates on the device mix the two.
+
+For every role r (attention, FFL, rest, head) a device starts a round from
+
+    s_r = (1 - g_r) a_r + g_r p_r                                                                  (1)
+
+with a the average that arrived, p what the device kept of the round before, g_r its gate. It trains little:
+one epoch, on FFLs pruned by learned thresholds (see pfl_tpp). What it sends is a - trained, in few bits. The
+coordinator's average descends with momentum along the mean of that, FFL units along the mean over those who
+kept them. Units that nobody kept are not sent down again.
+
+Special cases: all gates 0 is `fedavg`; the head's 1 and the others' 0 `fedper`; all 1 `local` (with `target`
+0, `schedule` constant and `server_momentum` 0). What was tried and left out is in docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from coordinator.aggregate import in_order, mean_of_keepers, shares_of, weighted_mean
+from coordinator.strategies.base import RoundContext, State, Strategy
+from foundation.messages import AgentCard, Assignment, Update
+from foundation.parameters import EVERYTHING, WEIGHTS, Array, Parameters, Role
+from foundation.work import Blend, Encoding, LocalWork, Phase, Term, ThresholdPruning
+
+FFL = frozenset({Role.FFL})
+LEAN = frozenset({Role.FFL, Role.HEAD, Role.THRESHOLD})
+"""What goes on moving in lean rounds."""
+OWN: dict[Role, float] = {Role.HEAD: 1.0}
+"""First gates: FedPer's."""
+SLOWEST = 0.05
+"""Share of the learning rate that is left at the end of a cosine schedule."""
+
+Gate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Hedgerow(Strategy):
+    """Average, keep, mix by gates; prune; train little and send few bits."""
+
+    epochs: int = Field(1, ge=0, le=1000)
+    learning_rate: float = Field(3e-3, gt=0)
+    encoding: Encoding = "int8"
+    encoding_down: Encoding = "int8"
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate goes down over the run's rounds."""
+    gates: dict[Role, Gate] = Field(default_factory=lambda: dict(OWN))
+    """Gate of each role at first: 0 (and no entry) takes the average, 1 what the device kept."""
+    gate_rate: float = Field(0.2, ge=0, le=1)
+    """Largest step of a gate in a round, along the loss on the validation part; 0 leaves them as they are."""
+    gate_samples: int = Field(32, ge=1)
+    """Validation samples that the gates are asked about in a round."""
+    target: float = Field(0.9, ge=0, lt=1)
+    """Share of FFL units that should be gone; 0 prunes nothing."""
+    floor: int = Field(4, ge=1)
+    warm_up: int = Field(0, ge=0)
+    """Rounds before thresholds move."""
+    threshold_rate: float = Field(0.05, gt=0)
+    every: int = Field(2, ge=1)
+    max_drop: float = Field(0.3, gt=0, le=1)
+    regulariser: float = Field(1.0, ge=0)
+    server_momentum: float = Field(0.5, ge=0, lt=1)
+    """Of the coordinator's steps along the mean change (FedAvgM, Hsu et al., arXiv 1909.06335)."""
+    lean_after: float = Field(1.0, ge=0, le=1)
+    """Share of the run's rounds after which only FFLs and head go on."""
+    enough: float = Field(0.0, ge=0)
+    """Mean training loss at which a device stops training for this round; 0 never is."""
+
+    def begin(self, model: Parameters, seed: int) -> State:
+        """Start from the initial model; thresholds at 0 where there are any."""
+        roles = EVERYTHING if self.target else WEIGHTS
+        return State(0, model.only(roles).prefixed("model/"))
+
+    def enroll(self, state: State, card: AgentCard, seed: int) -> State:
+        """Know nothing about anyone: what is personal stays on the devices."""
+        return state
+
+    def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
+        """Send the average to everybody, without the units that nobody keeps any more."""
+        # Before the first round the average is the initial model, which devices draw themselves.
+        work = self._work(context, initial=state.round == 0)
+        masks = state.shared.under("offered/")
+        return [
+            context.assign(card.agent, work, self.personal(state, card.agent), masks)
+            for card in context.present
+        ]
+
+    def absorb(self, state: State, updates: Sequence[Update]) -> State:
+        """Descend along the mean change; FFL units along the mean over those who kept them."""
+        updates = in_order(updates)
+        if not updates:
+            return State(state.round + 1, state.shared, state.private)
+        shares, model = shares_of(updates), state.shared.under("model/")
+        whole = EVERYTHING - FFL if self.target else WEIGHTS
+        mean = weighted_mean([u.parameters.only(whole) for u in updates], shares)
+        change = mean.only(WEIGHTS)
+        shared = state.shared
+        if self.target:
+            still = Parameters((name, 0 * array) for name, array in model.only(FFL).items())
+            change = change.updated(mean_of_keepers(updates, shares, still))
+            shared = shared.updated(mean.only({Role.THRESHOLD}).prefixed("model/"))
+            shared = shared.updated(_kept_by_any(updates).prefixed("offered/"))
+        if self.server_momentum:
+            change = self._with_momentum(change, shared.under("velocity/"))
+            shared = shared.updated(change.prefixed("velocity/"))
+        descended = Parameters((name, model[name] - step) for name, step in change.items())
+        return State(state.round + 1, shared.updated(descended.prefixed("model/")), state.private)
+
+    def _with_momentum(self, change: Parameters, velocity: Parameters) -> Parameters:
+        """Return beta * velocity + change, for what changed."""
+        beta = np.float32(self.server_momentum)
+        return Parameters(
+            (name, step + beta * velocity[name] if name in velocity else step)
+            for name, step in change.items()
+        )
+
+    def personal(self, state: State, agent: str) -> Parameters:
+        """Return the average; nothing before the first round, when it is what every device begins with."""
+        return state.shared.under("model/") if state.round else Parameters()
+
+    def _work(self, context: RoundContext, *, initial: bool) -> LocalWork:
+        lean = context.round > self.lean_after * context.rounds
+        moving = LEAN if lean else EVERYTHING
+        phase = Phase(train=moving, epochs=self.epochs, learning_rate=self._rate(context), enough=self.enough)
+        blend = Blend(gates=self.gates, rate=self.gate_rate, samples=self.gate_samples)
+        terms: tuple[Term, ...] = (blend, self._pruning(context)) if self.target else (blend,)
+        send = moving if self.target else moving - {Role.THRESHOLD}
+        return self.work(
+            phases=(phase,), terms=terms, send=send, change=WEIGHTS, keep=WEIGHTS, initial=initial
+        )
+
+    def _pruning(self, context: RoundContext) -> ThresholdPruning:
+        return ThresholdPruning(
+            target=self.target,
+            floor=self.floor,
+            threshold_rate=self.threshold_rate,
+            every=self.every,
+            max_drop=self.max_drop,
+            regulariser=self.regulariser,
+            active=context.round > self.warm_up,
+        )
+
+    def _rate(self, context: RoundContext) -> float:
+        if self.schedule == "constant":
+            return self.learning_rate
+        gone = (context.round - 1) / max(1, context.rounds)
+        return self.learning_rate * (SLOWEST + (1 - SLOWEST) * (1 + math.cos(math.pi * gone)) / 2)
+
+
+def _kept_by_any(updates: Sequence[Update]) -> Parameters:
+    """Return for each block which units at least one device kept, (hidden,) of bool."""
+    kept: dict[str, Array] = {}
+    for update in updates:
+        for name, mask in update.masks.items():
+            kept[name] = kept[name] | mask if name in kept else mask
+    return Parameters(kept)
+
+
+STRATEGY: type[Strategy] = Hedgerow
