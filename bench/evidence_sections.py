@@ -74,6 +74,14 @@ OTHERS = (
 TUNED = main_methods(tuned=True)
 PLAIN = main_methods(tuned=False)
 SPLITS = ("pathological:2", "dirichlet:0.3")
+LEAN = {"target": 0.92, "lean": True, "warm_up": 0}
+COSTS = (
+    Method("fedavg", "fedavg", by="sent", served="sent"),
+    Method("fedper", "fedper"),
+    Method("pfl_tpp, lean", "pfl_tpp", LEAN),
+    Method("pfl_tpp, lean, int8", "pfl_tpp", {**LEAN, "encoding": "int8", "encoding_down": "int8"}),
+    Method("hedgerow", "hedgerow", {"learning_rate": 3e-3}),
+)
 LONG = {"epochs": 3, "learning_rate": 3e-3}
 CONTROL = {"personal_head": False, "ffl": "mean_of_keepers", "target": 0.9, **LONG}
 CELL = {"bandwidth_hz": 1e5}
@@ -129,6 +137,7 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 Method("random units, 10 % kept", "pfl_tpp", {**CONTROL, "importance": "random"}),
                 Method("narrow dense, 26 units", "fedtp", LONG, {"model": {"ffl_ratio": 0.4}}),
             ),
+            seeds=(0,),
         ),
     ),
     "unequal": (
@@ -141,6 +150,7 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 *(_unequal(f"width {s['width']}, depth {s['depth']} alone", (s,)) for s in SIZES),
                 Method("local, width 64, depth 2", "local", served="after"),
             ),
+            seeds=(0,),
         ),
     ),
     "allocation": (
@@ -163,6 +173,22 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 Method("fedtp, cold start", "fedtp", {"cold_start_local": 1}),
                 Method("hedgerow", "hedgerow"),
             ),
+            seeds=(0, 1),
+        ),
+    ),
+    "cost": (
+        Table(
+            "Cost: Fashion-MNIST, 10 devices, pathological:2, width 64",
+            fleet("fashion-mnist", "pathological:2", 10, 10, limit=4001),
+            COSTS,
+            note="One run after the other, nothing else on the machine.",
+        ),
+        Table(
+            "Cost: Fashion-MNIST, 10 devices, pathological:2, width 128",
+            fleet("fashion-mnist", "pathological:2", 10, 10, limit=4001, model={"width": 128}),
+            COSTS,
+            seeds=(0,),
+            note="One run after the other, nothing else on the machine.",
         ),
     ),
     "fashion20": tuple(

@@ -22,6 +22,10 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("pfl_tpp", {"ffl": "mean", "warm_up": 0, "personal_head": False}),
     ("pfl_tpp", {"uplink": "topk", "topk": 0.3, "lean": True}),
     ("pfl_tpp", {"uplink": "embed"}),
+    ("hedgerow", {"target": 0, "gate_rate": 0.0}),
+    ("hedgerow", {"target": 0.5, "lean_after": 0.5, "encoding_down": "float16"}),
+    ("adaptive_pruning", {"tightness": 1.0}),
+    ("adaptive_pruning", {"rates": "measured"}),
     ("pfedla", {"mixing": "hypernetwork"}),
     ("pfedla", {"heuristic": 2}),
 ]
