@@ -31,6 +31,8 @@ from foundation.work import Blend, Encoding, LocalWork, Phase, Term, ThresholdPr
 FFL = frozenset({Role.FFL})
 LEAN = frozenset({Role.FFL, Role.HEAD, Role.THRESHOLD})
 """What goes on moving in lean rounds."""
+JOINED = "joined"
+"""Of an agent: how many rounds were over when it joined, (1,)."""
 OWN: dict[Role, float] = {Role.HEAD: 1.0}
 """First gates: FedPer's."""
 SLOWEST = 0.05
@@ -76,18 +78,26 @@ class Hedgerow(Strategy):
         return State(0, model.only(roles).prefixed("model/"))
 
     def enroll(self, state: State, card: AgentCard, seed: int) -> State:
-        """Know nothing about anyone: what is personal stays on the devices."""
-        return state
+        """Note when an agent joined; what is personal stays on its device."""
+        if card.agent in state.private:
+            return state
+        joined = Parameters({JOINED: np.array([state.round], np.int64)})
+        return State(state.round, state.shared, {**state.private, card.agent: joined})
 
     def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
         """Send the average to everybody, without the units that nobody keeps any more."""
         # Before the first round the average is the initial model, which devices draw themselves.
-        work = self._work(context, initial=state.round == 0)
+        initial = state.round == 0
+        work = self._work(context, rate=self._rate(context), initial=initial)
+        first = self._work(context, rate=self.learning_rate, initial=initial)
         masks = state.shared.under("offered/")
-        return [
-            context.assign(card.agent, work, self.personal(state, card.agent), masks)
-            for card in context.present
-        ]
+        assignments = []
+        for card in context.present:
+            # Who comes late has its way still to go, whatever the schedule has come down to.
+            new = int(state.private[card.agent][JOINED][0]) == state.round
+            parameters = self.personal(state, card.agent)
+            assignments.append(context.assign(card.agent, first if new else work, parameters, masks))
+        return assignments
 
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
         """Descend along the mean change; FFL units along the mean over those who kept them."""
@@ -122,10 +132,10 @@ class Hedgerow(Strategy):
         """Return the average; nothing before the first round, when it is what every device begins with."""
         return state.shared.under("model/") if state.round else Parameters()
 
-    def _work(self, context: RoundContext, *, initial: bool) -> LocalWork:
+    def _work(self, context: RoundContext, *, rate: float, initial: bool) -> LocalWork:
         lean = context.round > self.lean_after * context.rounds
         moving = LEAN if lean else EVERYTHING
-        phase = Phase(train=moving, epochs=self.epochs, learning_rate=self._rate(context), enough=self.enough)
+        phase = Phase(train=moving, epochs=self.epochs, learning_rate=rate, enough=self.enough)
         blend = Blend(gates=self.gates, rate=self.gate_rate, samples=self.gate_samples)
         terms: tuple[Term, ...] = (blend, self._pruning(context)) if self.target else (blend,)
         send = moving if self.target else moving - {Role.THRESHOLD}

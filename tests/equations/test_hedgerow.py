@@ -120,7 +120,8 @@ def test_lean_rounds_train_and_send_ffls_and_head_alone() -> None:
 
 def test_the_learning_rate_falls_along_a_cosine_to_a_twentieth() -> None:
     toy = ToyFederation(load_strategy("hedgerow", {"learning_rate": 1e-2}))
-    rates = [toy.plan(toy.begin(), number)[0].work.phases[0].learning_rate for number in (1, 2, 3)]
+    state = toy.strategy.absorb(toy.begin(), [])  # nobody is new any more
+    rates = [toy.plan(state, number)[0].work.phases[0].learning_rate for number in (1, 2, 3)]
     expected = [1e-2 * (0.05 + 0.95 * (1 + np.cos(np.pi * r / 3)) / 2) for r in (0, 1, 2)]
     assert rates == pytest.approx(expected)
 
@@ -134,5 +135,6 @@ def test_a_newcomer_starts_from_the_average_and_keeps_its_own_from_then_on() -> 
     toy.cards = [late]
     (assignment,) = toy.plan(state, 4)
     assert same(assignment.parameters, state.shared.under("model/"))
+    assert assignment.work.phases[0].learning_rate == PLAIN["learning_rate"]
     toy.work(assignment)
     assert {Role.HEAD, Role.FFL} <= {role for role in Role if toy.personal["d9"][0].only({role})}
