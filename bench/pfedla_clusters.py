@@ -98,8 +98,6 @@ def measure(method: str, seed: int, options: argparse.Namespace, folder: Path) -
     if not data.exists():
         clusters(data, options, seed)
     name, settings = METHODS[method]
-    if name == "pfedla":
-        settings = settings | {"mixing_rate": options.mixing_rate}
     settings = settings | {"learning_rate": options.learning_rate}
     simulation = simulation_of(
         devices=options.devices,
@@ -177,7 +175,6 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--mixing-rate", type=float, default=PFedLA().mixing_rate)
     parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with those that are there")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

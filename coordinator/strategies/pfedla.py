@@ -3,8 +3,9 @@
 Ma et al., "Layer-wised Model Aggregation for Personalized Federated Learning", CVPR 2022, arXiv 2205.03993;
 only its abstract and figures could be read, and there is no official code. Theirs: a row of weights per agent
 and layer, from one hypernetwork per agent; HeurpFedLA, which keeps the K most self-weighted layers on the
-device (`heuristic`). Ours: softmax rows that start near self, a step without unit (coordinator/mixing.py),
-logits stepped directly, without a hypernetwork, as the default, and that nobody is mixed before it has sent.
+device (`heuristic`). Ours: softmax rows that start near self, a step without unit in which the weight on self
+learns slowly (coordinator/mixing.py), no hypernetwork as the default, and that nobody is mixed before it has
+sent.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ class PFedLA(Strategy):
     layers: Literal["parts", "blocks", "tensors"] = "parts"
     """What is mixed with one weight: attention and FFL of a block apart, whole blocks, or every tensor."""
     mixing: Literal["direct", "hypernetwork"] = "direct"
-    """Where logits come from: they are stepped themselves, or an embedding and a small MLP of each agent."""
+    """What is stepped: the weights' logits themselves, or an embedding and a small MLP of each agent."""
     mixing_rate: float = Field(1.0, ge=0)
-    """Step of the logits in units without scale; 0 leaves the weights where they start."""
+    """Step of the logits, which has no unit; 0 leaves the weights where they start."""
+    self_rate: float = Field(0.1, ge=0)
+    """How far the weight on self moves, relative to that: 1 follows the source, 0 leaves it where it starts.
+    What a device trained last always lies in the direction of what it trains next."""
     embedding: int = Field(16, ge=1, le=4096)
     """Numbers in an agent's embedding, with `hypernetwork`."""
     hidden: int = Field(32, ge=1, le=4096)
@@ -63,7 +67,7 @@ class PFedLA(Strategy):
         arrays: dict[str, Array] = {"column": np.array([len(state.private)], np.int64)}
         arrays[HELD] = np.zeros(count, np.bool_)
         if self.mixing == "direct":
-            arrays["mixing/logits"] = np.zeros((count, 0), np.float64)
+            arrays["mixing/offsets"] = np.zeros((count, 0), np.float64)
         else:
             name = int.from_bytes(card.agent.encode()[:32], "big")
             drawn = mixing.new_hypernetwork(count, self.embedding, self.hidden, [seed, name, 0x1A])
@@ -87,7 +91,7 @@ class PFedLA(Strategy):
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
         """Step the weights of those who took part, then keep what they trained as their last parameters."""
         updates = in_order(updates)
-        directions = self._directions(state, updates) if self.mixing_rate else {}
+        directions = self._directions(state, updates) if updates and self.mixing_rate else {}
         private, layers = dict(state.private), self._layers(state)
         for update in updates:
             own = private[update.agent]
@@ -115,11 +119,10 @@ class PFedLA(Strategy):
 
         Among equals, as at the start, those nearest to the answer: ours, after what FedPer keeps.
         """
-        layers = list(self._layers(state))
         if not self.heuristic:
             return []
-        alpha = mixing.weights(self._logits(state, [agent])[0])
-        own = alpha[:, _column(state, agent)]
+        layers = list(self._layers(state))
+        own = self._offsets(state, agent)[:, _column(state, agent)]
         ranked = sorted(range(len(layers)), key=lambda index: (own[index], index), reverse=True)
         return [layers[index] for index in sorted(ranked[: self.heuristic])]
 
@@ -128,30 +131,26 @@ class PFedLA(Strategy):
     def _layers(self, state: State) -> Layers:
         return mixing.layers_of(state.shared.under("model/"), self.layers)
 
-    def _logits(self, state: State, agents: Sequence[str]) -> Array:
-        """Return logits (agents, layers, N), the start near self included."""
-        everybody, rows = len(state.private), []
-        for agent in agents:
-            column = _column(state, agent)
-            own = self._widened(state, state.private[agent])
-            logits = own["logits"] if self.mixing == "direct" else mixing.hypernetwork_logits(own)
-            rows.append(mixing.near_self(logits.astype(np.float64), column))
-        count = len(self._layers(state))
-        return np.stack(rows) if rows else np.zeros((0, count, everybody))
+    def _offsets(self, state: State, agent: str) -> Array:
+        """Return an agent's offsets (layers, N), from which its weights come."""
+        source = self._widened(state, state.private[agent])
+        if self.mixing == "hypernetwork":
+            return mixing.hypernetwork_offsets(source).astype(np.float64)
+        return source["offsets"]
 
     def _widened(self, state: State, own: Parameters) -> Parameters:
-        """Return what an agent's logits come from, with a column for everybody who joined since."""
+        """Return what an agent's offsets come from, with a column for everybody who joined since."""
         source, column = own.under("mixing/"), int(own["column"][0])
         if self.mixing == "hypernetwork":
             return mixing.widened_hypernetwork(source, len(state.private), column)
-        return Parameters({"logits": mixing.widened(source["logits"], len(state.private), column)})
+        return Parameters({"offsets": mixing.widened(source["offsets"], len(state.private), column)})
 
     def _stepped(self, state: State, own: Parameters, direction: Array) -> Parameters:
         source = self._widened(state, own)
         if self.mixing == "hypernetwork":
             source = mixing.stepped(source, direction.astype(np.float32), self.mixing_rate)
         else:
-            source = Parameters({"logits": source["logits"] - self.mixing_rate * direction})
+            source = Parameters({"offsets": source["offsets"] - self.mixing_rate * direction})
         return source.prefixed("mixing/")
 
     def _away(self, state: State, agent: str) -> frozenset[str]:
@@ -176,7 +175,7 @@ class PFedLA(Strategy):
         return {agent: Parameters(arrays) for agent, arrays in found.items()}
 
     def _directions(self, state: State, updates: Sequence[Update]) -> dict[str, Array]:
-        """Return the direction of every updater's logits, (layers, N); 0 for layers that did not go down."""
+        """Return the direction of every updater's offsets, (layers, N); 0 for layers that did not go down."""
         agents = [update.agent for update in updates]
         away = {agent: self._away(state, agent) for agent in agents}
         found = np.zeros((len(agents), len(self._layers(state)), len(state.private)))
@@ -185,24 +184,23 @@ class PFedLA(Strategy):
             if got:
                 trained = np.stack([mixing.vector(updates[i].parameters, layer.tensors) for i in got])
                 changes = layer.mixtures[got] - trained
-                found[got, index] = mixing.direction(layer.alpha[got], layer.models, changes, layer.known)
+                own = np.array([_column(state, agents[i]) for i in got])
+                alpha = layer.alpha[got].astype(changes.dtype)
+                step = mixing.Step(alpha, own, layer.models, changes)
+                found[got, index] = step.direction(layer.known, self.self_rate)
         return dict(zip(agents, found, strict=True))
 
     def _each_layer(self, state: State, agents: Sequence[str]) -> Iterator[_Layer]:
         """Give one layer after another, so that only one layer of everybody is stacked at a time."""
-        layers, model = self._layers(state), state.shared.under("model/")
-        lasts = [state.private[agent].under("last/") for agent in _columns(state)]
-        logits = self._logits(state, agents)
+        model, everybody = state.shared.under("model/"), _columns(state)
+        lasts = [state.private[agent].under("last/") for agent in everybody]
+        layers = self._layers(state)
+        known = np.array([[names[0] in last for last in lasts] for names in layers.values()], np.bool_)
+        rows = [mixing.weights(self._offsets(state, a), _column(state, a), known) for a in agents]
         for index, (name, tensors) in enumerate(layers.items()):
-            known = np.array([tensors[0] in last for last in lasts], np.bool_)
-            models = np.stack(
-                [
-                    mixing.vector(last if there else model, tensors)
-                    for last, there in zip(lasts, known, strict=True)
-                ]
-            )
-            alpha = mixing.weights(logits[:, index], known).astype(models.dtype)
-            yield _Layer(name, tensors, known, alpha, models)
+            sources = (last if there else model for last, there in zip(lasts, known[index], strict=True))
+            models = np.stack([mixing.vector(source, tensors) for source in sources])
+            yield _Layer(name, tensors, known[index], np.stack([row[index] for row in rows]), models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +212,14 @@ class _Layer:
     known: BoolArray
     """Who has sent it, (N,); the others' is the initial model's, and has no weight."""
     alpha: Array
-    """(agents, N)."""
+    """(agents, N), float64."""
     models: Array
     """(N, values of the layer)."""
 
     @property
     def mixtures(self) -> Array:
         """The agents' mixtures, (agents, values of the layer)."""
-        mixed: Array = self.alpha @ self.models
+        mixed: Array = self.alpha.astype(self.models.dtype) @ self.models
         return mixed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -17,25 +17,42 @@ from coordinator.strategies.local import Local
 from coordinator.strategies.pfedla import HELD, PFedLA
 from foundation.errors import SettingsError
 from foundation.messages import AgentCard, Update
-from foundation.parameters import WEIGHTS, Array, Parameters, role_of
+from foundation.parameters import WEIGHTS, Array, BoolArray, Parameters, role_of
 from foundation.spec import initial_parameters
 from foundation.work import Phase
 from tests.toys import SPEC, ToyFederation, same, toy_card, toy_data
 
+OWN = 1
 LAYERS = ("start", "blocks.0.attention", "blocks.0.ffl", "blocks.1.attention", "blocks.1.ffl", "end")
 DENSE = initial_parameters(SPEC, 0).only(WEIGHTS)
 MIXINGS = pytest.mark.parametrize("how", ["direct", "hypernetwork"])
 
 
 def _drawn(seed: int, agents: int = 5, values: int = 40) -> tuple[Array, Array, Array]:
-    """Logits (agents,), models (agents, values), what one agent trained (values,); float64."""
+    """Offsets (1, agents), models (agents, values), what agent OWN trained (values,); float64."""
     rng = np.random.default_rng(seed)
     models = rng.standard_normal((agents, values))
-    return rng.standard_normal(agents), models, models[0] + rng.standard_normal(values)
+    return rng.standard_normal((1, agents)), models, models[OWN] + rng.standard_normal(values)
 
 
-def _distance(logits: Array, models: Array, trained: Array) -> float:
-    return float(((mixing.weights(logits) @ models - trained) ** 2).sum() / 2)
+def _step(offsets: Array, models: Array, trained: Array, known: BoolArray | None = None) -> mixing.Step:
+    alpha = mixing.weights(offsets, OWN, known)
+    return mixing.Step(alpha, np.array([OWN]), models, alpha @ models - trained)
+
+
+def _distance(offsets: Array, models: Array, trained: Array) -> float:
+    return float(((mixing.weights(offsets, OWN) @ models - trained) ** 2).sum() / 2)
+
+
+def _rows(z: Tensor, own: int) -> Tensor:
+    """The weights of `mixing.weights`, for autograd: z (layers, N)."""
+    agents = z.shape[1]
+    others = torch.tensor([j for j in range(agents) if j != own])
+    logits = z.clone()
+    count = math.log(agents - 1)
+    logits[:, others] = z[:, others] - torch.logsumexp(z[:, others], 1, keepdim=True) + count
+    logits[:, own] = z[:, own] + math.log(agents)
+    return torch.softmax(logits, 1)
 
 
 # --- the closed form (5.4: 1, 3, 4, 5) ---------------------------------------------------------------
@@ -43,67 +60,96 @@ def _distance(logits: Array, models: Array, trained: Array) -> float:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_closed_form_is_autograds_gradient(seed: int) -> None:
-    logits, models, trained = _drawn(seed)
-    z = torch.tensor(logits, requires_grad=True)
-    bar = torch.softmax(z, 0) @ torch.tensor(models)
-    (((bar - torch.tensor(trained)) ** 2).sum() / 2).backward()
-    alpha = mixing.weights(logits)[None]
-    found = mixing.gradient(alpha, models, alpha @ models - trained)
+    offsets, models, trained = _drawn(seed)
+    z = torch.tensor(offsets, requires_grad=True)
+    rows = _rows(z, OWN)
+    (((rows @ torch.tensor(models) - torch.tensor(trained)) ** 2).sum() / 2).backward()
+    np.testing.assert_allclose(mixing.weights(offsets, OWN), rows.detach().numpy(), rtol=0, atol=1e-15)
     assert z.grad is not None
-    np.testing.assert_allclose(found[0], z.grad.numpy(), rtol=0, atol=1e-12)
-    assert found.sum() == pytest.approx(0, abs=1e-12)
+    found = _step(offsets, models, trained).gradient()
+    np.testing.assert_allclose(found, z.grad.numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_softmax_logits_it_is_the_sources(seed: int) -> None:
+    """5.1: dF/dl_j = alpha_j <theta_j - bar, change>, carried over to the offsets by the chain rule."""
+    offsets, models, trained = _drawn(seed)
+    step = _step(offsets, models, trained)
+    alpha, (change,) = step.alpha[0], step.changes
+    source = alpha * ((models - alpha @ models) @ change)
+    logits = torch.tensor(np.log(alpha), requires_grad=True)
+    bar = torch.softmax(logits, 0) @ torch.tensor(models)
+    (((bar - torch.tensor(trained)) ** 2).sum() / 2).backward()
+    assert logits.grad is not None
+    np.testing.assert_allclose(source, logits.grad.numpy(), rtol=0, atol=1e-12)
+    assert source.sum() == pytest.approx(0, abs=1e-12)
+    strangers = step.strangers[0]
+    others = np.arange(len(alpha)) != OWN
+    carried = np.where(others, source - strangers * source[others].sum(), source)
+    np.testing.assert_allclose(step.gradient()[0], carried, rtol=0, atol=1e-12)
 
 
 def test_the_closed_form_by_hand() -> None:
-    # theta = 0, 4 with weights 1/4, 3/4: bar = 3. Trained 5: change = -2.
-    alpha, models, change = np.array([[0.25, 0.75]]), np.array([[0.0], [4.0]]), np.array([[-2.0]])
-    # alpha_j (theta_j - 3) (-2):  1/4 * 6 = 1.5,  3/4 * -2 = -1.5
-    assert mixing.gradient(alpha, models, change).tolist() == [[1.5, -1.5]]
-    # Without alpha, over |change| = 2 and s = sqrt((9 + 1) / 2)
-    by_hand = np.array([[6, -2]]) / (2 * math.sqrt(5))
-    np.testing.assert_allclose(mixing.direction(alpha, models, change), by_hand, atol=1e-15)
+    # Self 2, strangers 0 and 4 with weights 1/2 and 1/8, 3/8: bar' = 3, bar = 2.5. Trained 4.5: change = -2.
+    alpha, models = np.array([[0.5, 0.125, 0.375]]), np.array([[2.0], [0.0], [4.0]])
+    step = mixing.Step(alpha, np.array([0]), models, np.array([[-2.0]]))
+    assert step.strangers.tolist() == [[0, 0.25, 0.75]]
+    assert step.brackets().tolist() == [[2, 6, -2]]  # (theta_j - 3) * -2
+    assert step.gradient().tolist() == [[0.5, 0.75, -0.75]]  # times 1/2 * 1/2, 1/8, 3/8
+    size = 2 * math.sqrt((1 + 9 + 1) / 3)
+    np.testing.assert_allclose(step.direction(), [[2 / size, 6 / size, -2 / size]], atol=1e-15)
+    np.testing.assert_allclose(step.direction(self_rate=0.1), [[0.2 / size, 6 / size, -2 / size]], atol=1e-15)
 
 
-@pytest.mark.parametrize("which", [mixing.gradient, mixing.direction])
+@pytest.mark.parametrize("which", ["gradient", "direction", "only strangers"])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_step_goes_towards_what_was_trained(which: Callable[..., Array], seed: int) -> None:
-    logits, models, trained = _drawn(seed)
-    alpha = mixing.weights(logits)[None]
-    step = 1e-3 * which(alpha, models, alpha @ models - trained)[0]
-    now = _distance(logits, models, trained)
-    assert _distance(logits - step, models, trained) < now < _distance(logits + step, models, trained)
+def test_a_step_goes_towards_what_was_trained(which: str, seed: int) -> None:
+    offsets, models, trained = _drawn(seed)
+    step = _step(offsets, models, trained)
+    found = step.gradient() if which == "gradient" else step.direction(self_rate=float(which == "direction"))
+    now, small = _distance(offsets, models, trained), 1e-3 * found
+    assert _distance(offsets - small, models, trained) < now < _distance(offsets + small, models, trained)
 
 
 def test_equal_models_give_no_gradient() -> None:
     model = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    models = np.stack([model] * 7)
-    alpha = mixing.weights(np.random.default_rng(1).standard_normal((2, 7))).astype(np.float32)
-    changes = np.ones((2, 1000), np.float32)
-    assert not mixing.gradient(alpha, models, changes).any()
-    assert not mixing.direction(alpha, models, changes).any()
+    alpha = mixing.weights(np.random.default_rng(1).standard_normal((1, 7)), 2).astype(np.float32)
+    step = mixing.Step(alpha, np.array([2]), np.stack([model] * 7), np.ones((1, 1000), np.float32))
+    assert not step.gradient().any()
+    assert not step.direction().any()
 
 
 def test_rows_are_of_the_simplex_and_the_unknown_have_no_weight() -> None:
     rng = np.random.default_rng(0)
-    logits, known = 30 * rng.standard_normal((50, 6, 9)), rng.random((6, 9)) < 0.5
-    known[2] = False
-    alpha = mixing.weights(logits, known)
-    assert (alpha >= 0).all()
-    np.testing.assert_allclose(alpha.sum(-1), 1, rtol=0, atol=1e-12)
-    there = known.any(-1)
-    assert not alpha[:, ~known & there[:, None]].any()
-    np.testing.assert_allclose(alpha[:, 2], mixing.weights(logits[:, 2]))
+    for _ in range(50):
+        offsets, known, own = 30 * rng.standard_normal((6, 9)), rng.random((6, 9)) < 0.5, rng.integers(9)
+        known[2], known[3], known[4] = False, np.arange(9) == own, np.arange(9) != own
+        alpha = mixing.weights(offsets, own, known)
+        assert (alpha >= 0).all()
+        np.testing.assert_allclose(alpha.sum(-1), 1, rtol=0, atol=1e-12)
+        there = known.any(-1)
+        assert not alpha[~known & there[:, None]].any()
+        np.testing.assert_allclose(alpha[2], mixing.weights(offsets[2:3], own)[0])
+        assert alpha[3, own] == 1
+
+
+def test_whom_one_listens_to_does_not_change_how_much() -> None:
+    rng = np.random.default_rng(0)
+    offsets = rng.standard_normal((4, 6))
+    offsets[:, 1] = 0
+    for strangers in (offsets, 20 * offsets):
+        np.testing.assert_allclose(mixing.weights(strangers, 1)[:, 1], 6 / 11, rtol=0, atol=1e-12)
 
 
 def test_the_unknown_neither_move_nor_count() -> None:
-    logits, models, trained = _drawn(3)
-    known = np.array([True, True, False, True, False])
-    alpha = mixing.weights(logits, known)[None]
-    found = mixing.direction(alpha, models, alpha @ models - trained, known)
-    less = mixing.weights(logits[known])[None]
-    expected = mixing.direction(less, models[known], less @ models[known] - trained)
-    np.testing.assert_allclose(found[0, known], expected[0], atol=1e-12)
-    assert not found[0, ~known].any()
+    offsets, models, trained = _drawn(3)
+    known = np.array([[True, True, False, True, False]])
+    found = _step(offsets, models, trained, known).direction(known[0])
+    assert not found[~known].any()
+    there, *_ = known
+    alpha = mixing.weights(offsets, OWN, known)[:, there]
+    fewer = mixing.Step(alpha, np.array([OWN]), models[there], alpha @ models[there] - trained)
+    np.testing.assert_allclose(found[:, there], fewer.direction(), atol=1e-12)
 
 
 # --- the hypernetwork --------------------------------------------------------------------------------
@@ -132,24 +178,19 @@ def test_the_whole_chain_is_autograds(seed: int) -> None:
     models = [rng.standard_normal((5, n)) for n in (3, 20, 8)]
     trained = [rng.standard_normal(m.shape[1]) for m in models]
     tensors = {name: torch.tensor(array, requires_grad=True) for name, array in network.items()}
-    base = torch.zeros(3, 5, dtype=torch.float64)
-    base[:, 1] = math.log(5)
-    rows = torch.softmax(_forward(tensors) + base, -1)
-    loss = sum(
+    rows = _rows(_forward(tensors), OWN)
+    losses = [
         ((row @ torch.tensor(m) - torch.tensor(t)) ** 2).sum() / 2
         for row, m, t in zip(rows, models, trained, strict=True)
-    )
-    assert isinstance(loss, Tensor)
-    loss.backward()
-    alpha = mixing.weights(mixing.near_self(mixing.hypernetwork_logits(network), 1))
+    ]
+    torch.stack(losses).sum().backward()
+    alpha = mixing.weights(mixing.hypernetwork_offsets(network), OWN)
     np.testing.assert_allclose(alpha, rows.detach().numpy(), rtol=0, atol=1e-14)
-    cotangent = np.concatenate(
-        [
-            mixing.gradient(a[None], m, (a @ m - t)[None])
-            for a, m, t in zip(alpha, models, trained, strict=True)
-        ]
-    )
-    found = mixing.backpropagated(network, cotangent)
+    steps = [
+        mixing.Step(a[None], np.array([OWN]), m, (a @ m - t)[None])
+        for a, m, t in zip(alpha, models, trained, strict=True)
+    ]
+    found = mixing.backpropagated(network, np.concatenate([step.gradient() for step in steps]))
     for name, tensor in tensors.items():
         assert tensor.grad is not None
         np.testing.assert_allclose(found[name], tensor.grad.numpy(), rtol=0, atol=1e-11, err_msg=name)
@@ -160,7 +201,9 @@ def test_a_step_of_the_hypernetwork_descends() -> None:
     cotangent = np.random.default_rng(0).standard_normal((3, 5))
 
     def along(rate: float) -> float:
-        return float((mixing.hypernetwork_logits(mixing.stepped(network, cotangent, rate)) * cotangent).sum())
+        return float(
+            (mixing.hypernetwork_offsets(mixing.stepped(network, cotangent, rate)) * cotangent).sum()
+        )
 
     assert along(1e-3) < along(0) < along(-1e-3)
     # As far as logits stepped themselves would go, to first order.
@@ -221,8 +264,8 @@ def _update(agent: str, parameters: Parameters, examples: int = 1) -> Update:
     return Update(run="r", round=1, agent=agent, examples=examples, parameters=parameters)
 
 
-def _with_logits(state: State, agent: str, logits: Array) -> State:
-    own = state.private[agent].updated({"mixing/logits": logits})
+def _with_offsets(state: State, agent: str, logits: Array) -> State:
+    own = state.private[agent].updated({"mixing/offsets": logits})
     return State(state.round, state.shared, {**state.private, agent: own})
 
 
@@ -230,7 +273,7 @@ def test_one_hot_weights_are_local_training() -> None:
     alone, mixed = ToyFederation(Local()), ToyFederation(PFedLA(mixing_rate=0))
     a, b = alone.begin(), mixed.begin()
     for column, agent in enumerate(b.private):
-        b = _with_logits(b, agent, 1e4 * np.eye(3)[column] * np.ones((len(LAYERS), 1)))
+        b = _with_offsets(b, agent, 1e4 * np.eye(3)[column] * np.ones((len(LAYERS), 1)))
     for number in (1, 2, 3):
         a, _ = alone.round(a, number)
         b, _ = mixed.round(b, number)
@@ -246,8 +289,10 @@ def test_weights_by_examples_are_fedavg() -> None:
     a, b = averaged.begin(), mixed.begin()
     shares = np.array([1, 2, 3]) / 6
     for column, agent in enumerate(b.private):
-        offsets = np.log(shares) - math.log(3) * np.eye(3)[column]  # near_self adds log 3 to its own
-        b = _with_logits(b, agent, np.tile(offsets, (len(LAYERS), 1)))
+        offsets = np.log(shares)
+        share = shares[column]
+        offsets[column] = math.log(share / (1 - share) * 2 / 3)  # self counts as 3 e^z, strangers as 2
+        b = _with_offsets(b, agent, np.tile(offsets, (len(LAYERS), 1)))
     for number in (1, 2, 3):
         a, _ = averaged.round(a, number)
         b, _ = mixed.round(b, number)
@@ -301,7 +346,7 @@ def test_the_most_self_weighted_layers_are_retained() -> None:
     assert strategy.retained(state, "a") == ["blocks.1.ffl", "end"]  # equals: nearest to the answer
     logits = np.zeros((len(LAYERS), 2))
     logits[[0, 3], 0] = 1
-    moved = _with_logits(state, "a", logits)
+    moved = _with_offsets(state, "a", logits)
     assert strategy.retained(moved, "a") == ["start", "blocks.1.attention"]
     assert strategy.retained(moved, "b") == ["blocks.1.ffl", "end"]
 
@@ -314,7 +359,7 @@ def test_a_layer_that_changes_hands_loses_nothing() -> None:
     trained = toy.personal["d0"][0]
     logits = np.zeros((len(LAYERS), 3))
     logits[0, 0] = 1
-    state = _with_logits(state, "d0", logits)  # the first layer is to be retained instead of the last
+    state = _with_offsets(state, "d0", logits)  # the first layer is to be retained instead of the last
     (plan, *_) = toy.plan(state, 2)
     layers = mixing.layers_of(DENSE, "parts")
     assert set(plan.parameters) == set(DENSE) - {*layers["start"], *layers["end"]}
@@ -424,9 +469,9 @@ def test_the_first_rounds_gradient_is_zero(how: str) -> None:
     assert len(strategy.weights(first, "d0")) == 3
     for agent in AGENTS:
         old, new = (s.private[agent].under("mixing/") for s in (begun, first))
-        assert all(not new[n].any() for n in new if n.startswith(("logits", "head")))
+        assert all(not new[n].any() for n in new if n.startswith(("offsets", "head")))
         assert all(np.array_equal(old[n], new[n]) for n in new if n.startswith(("embedding", "trunk")))
-        assert any(a.any() for n, a in second.private[agent].items() if n.endswith(("logits", "head.bias")))
+        assert any(a.any() for n, a in second.private[agent].items() if n.endswith(("offsets", "head.bias")))
 
 
 @MIXINGS
@@ -464,9 +509,9 @@ def test_a_newcomer_counts_as_the_mean_stranger() -> None:
     assert mixing.widened(logits, 3, own=1) is logits
     assert mixing.widened(np.zeros((2, 0)), 2, own=1).tolist() == [[0, 0], [0, 0]]
     network = Parameters(_hypernetwork(0))
-    wide = mixing.hypernetwork_logits(mixing.widened_hypernetwork(network, 7, own=1))
+    wide = mixing.hypernetwork_offsets(mixing.widened_hypernetwork(network, 7, own=1))
     np.testing.assert_allclose(
-        wide, mixing.widened(mixing.hypernetwork_logits(network), 7, own=1), atol=1e-12
+        wide, mixing.widened(mixing.hypernetwork_offsets(network), 7, own=1), atol=1e-12
     )
 
 
