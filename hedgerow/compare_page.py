@@ -24,6 +24,7 @@ def page(report: ComparisonReport) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     entries = report.comparison["entries"]
+    figures = figures_of(report)
     return environment.get_template("compare_page.html").render(
         report=report,
         fleet=report.comparison["fleet"],
@@ -32,7 +33,8 @@ def page(report: ComparisonReport) -> str:
         grids=grids(report, wide=True),
         legend=[(label, index, colour(index)[1:], symbol(index)) for label, index in rows(report).items()],
         energy=energy_words(report),
-        figures=Markup(_inside_script(figures_of(report))),
+        figures=Markup(_inside_script(figures)),
+        figure_names=sorted(figures),  # without joules there is nothing to draw of them
         style=Markup((HERE / "compare_page.css").read_text("utf-8")),
         script=Markup((HERE / "compare_page.js").read_text("utf-8")),
         plotly=Markup(plotly_text()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from hedgerow.compare_figures import (
     stage_sums,
     worst_devices,
 )
+from hedgerow.compare_page import page
 from hedgerow.compare_report import (
     ComparisonReport,
     Cost,
@@ -228,6 +230,21 @@ def test_what_a_device_does_not_tell_is_unknown_and_not_nothing() -> None:
     assert (row.cpu_s, row.joules, row.kind) == (None, None, Kind.NONE)
     assert "J unknown" in " ".join(grids(found, wide=False)["reach"].notes)
     assert "energy" not in grids(found, wide=False)
+
+
+@pytest.mark.parametrize("reference", ["fedavg", None])
+def test_the_page_is_there_without_joules_and_without_a_reference(reference: str | None) -> None:
+    stages = {Stage.TRAIN: reading(2, Kind.NONE)}
+    unknown = run("fedavg", 0, (0.1, 0.5), (0.6, 0.7), stages=stages, energy=reading(2, Kind.NONE))
+    found = report([unknown], reference=reference)
+    fleet = {"dataset": "digits", "partition": "iid", "devices": 2, "rounds": 3, "profile": "auto"}
+    text = page(found.model_copy(update={"comparison": found.comparison | {"fleet": fleet}}))
+    head = text[: text.index('<script type="application/json"')]
+    drawn = {part.split('"')[0] for part in head.split('data-figure="')[1:]}
+    assert {"sent", "after", "kept"} <= drawn
+    assert not {"stages", "joules"} & drawn
+    figures = text[text.index('id="figures">') + len('id="figures">') :]
+    assert set(json.loads(figures[: figures.index("</script>")])) == drawn
 
 
 def test_joules_by_stage_keep_their_kind() -> None:
