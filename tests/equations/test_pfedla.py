@@ -544,6 +544,18 @@ def test_a_newcomer_adds_a_column_and_is_not_mixed_before_it_has_sent(how: str) 
     assert _mass(strategy, state, AGENTS) > 0.8
 
 
+def test_nothing_is_learned_about_who_has_sent_nothing() -> None:
+    strategy = PFedLA()
+    there = {agent: t for agent, t in _targets((8, 16, 8), AGENTS).items() if agent != "d7"}
+    state = _rounds(strategy, there, 3)
+    strangers = state.private["d0"]["mixing/offsets"][:, 1:]
+    state = strategy.enroll(state, AgentCard(agent="d7", version="0", profile="p", examples=1), 0)
+    state = _rounds(strategy, there, 1, state)
+    after = state.private["d0"]["mixing/offsets"]
+    np.testing.assert_allclose(after[:, 7], strangers.mean(axis=1), rtol=0, atol=1e-12)
+    assert not np.allclose(after[:, 1:7], strangers, atol=1e-3)
+
+
 def test_the_absent_keep_their_last_and_stay_in_the_mixture() -> None:
     strategy = PFedLA()
     targets = _targets((8, 16, 8), AGENTS)
