@@ -5,8 +5,8 @@
     python bench/evidence.py --pages                         docs/evidence.md from docs/evidence.json
 
 Every run is a `hedgerow simulate` of its own, two at a time, each with one thread; one that is done is kept
-in --folder and not run again, so it can be stopped at any time. A method's learning rate is the best of three
-by the devices' validation parts with seed 0 (mean of the last three rounds); figures are on their test parts.
+in --folder and not run again, so it can be stopped at any time. Where a method is tuned, its learning rate is
+the best of three by the devices' validation parts with seed 0 (mean of the last three rounds); figures are on their test parts.
 """
 
 from __future__ import annotations
