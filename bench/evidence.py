@@ -6,7 +6,8 @@
 
 Every run is a `hedgerow simulate` of its own, two at a time, each with one thread; one that is done is kept
 in --folder and not run again, so it can be stopped at any time. Where a method is tuned, its learning rate is
-the best of three by the devices' validation parts with seed 0 (mean of the last three rounds); figures are on their test parts.
+the best of three by the devices' validation parts with seed 0 (mean of the last three rounds). Figures are on
+their test parts.
 """
 
 from __future__ import annotations
