@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.evidence_sections import SECTIONS, Method, Table
 
 ROOT = Path(__file__).resolve().parent.parent
-RATES = (5e-4, 1.5e-3, 4e-3)
 LAST = 3
 """Rounds at the end whose mean is the figure: one round of few devices jumps."""
 
@@ -123,7 +122,7 @@ def rates_of(table: Table, method: Method) -> tuple[float, ...]:
     """Return the learning rates that are tried for a method."""
     if "learning_rate" in method.settings:
         return (method.settings["learning_rate"],)
-    return RATES if method.tuned else (table.rate,)
+    return method.rates or (table.rate,)
 
 
 def best_rate(results: Results, table: Table, method: Method) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+RATES = (5e-4, 1.5e-3, 4e-3)
 PROFILE = "generic-x86-server"
 """The power model of all runs: joules are modelled from the CPU time of the machine that simulates."""
 
@@ -19,8 +20,8 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fleet: Mapping[str, Any] = field(default_factory=dict)
     """What differs in the fleet, such as the model."""
-    tuned: bool = False
-    """Whether three learning rates are tried."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that are tried; the table's alone without."""
     by: str = "best"
     """What the rate is chosen by: validation `sent`, `after`, or the better of the two (`best`)."""
     served: str = "best"
@@ -48,18 +49,16 @@ def fleet(dataset: str, partition: str, devices: int, rounds: int, **more: Any) 
     return {**named, "profile": PROFILE, **more}
 
 
-def main_methods(*, tuned: bool) -> tuple[Method, ...]:
-    """Return the methods of every table, with their baselines."""
-    return (
-        Method("local", "local", tuned=tuned, by="after", served="after"),
-        Method("fedavg", "fedavg", tuned=tuned, by="sent", served="sent"),
-        Method("fedavg + fine-tuning", "fedavg", tuned=tuned, by="after", served="after"),
-        Method("fedper", "fedper", tuned=tuned),
-        Method("fedtp", "fedtp", tuned=tuned),
-        Method("pfl_tpp", "pfl_tpp", {"target": 0.92, "learning_rate": 1.5e-3}),
-        Method("hedgerow", "hedgerow", {"learning_rate": 3e-3}),
-    )
-
+MAIN = (
+    Method("local", "local", rates=RATES, by="after", served="after"),
+    Method("fedavg", "fedavg", rates=RATES, by="sent", served="sent"),
+    Method("fedavg + fine-tuning", "fedavg", rates=RATES, by="after", served="after"),
+    Method("fedper", "fedper", rates=RATES),
+    Method("fedtp", "fedtp", rates=RATES),
+    Method("pfl_tpp", "pfl_tpp", {"target": 0.92}, rates=RATES),
+    Method("hedgerow", "hedgerow", rates=(1.5e-3, 3e-3, 6e-3)),
+)
+"""The methods of every table, with their baselines."""
 
 OTHERS = (
     Method("pfl_tpp, lean, int8", "pfl_tpp", {"target": 0.92, "lean": True, "encoding": "int8"}),
@@ -71,8 +70,7 @@ OTHERS = (
     Method("adaptive_pruning", "adaptive_pruning", seeds=(0,)),
 )
 
-TUNED = main_methods(tuned=True)
-PLAIN = main_methods(tuned=False)
+BESIDE = "One run at a time and nothing beside; every seed through all methods before the next."
 SPLITS = ("pathological:2", "dirichlet:0.3")
 LEAN = {"target": 0.92, "lean": True, "warm_up": 0}
 COSTS = (
@@ -84,6 +82,12 @@ COSTS = (
 )
 LONG = {"epochs": 3, "learning_rate": 3e-3}
 CONTROL = {"personal_head": False, "ffl": "mean_of_keepers", "target": 0.9, **LONG}
+UNITS = (
+    Method("dense, 256 units", "fedtp", LONG),
+    Method("learned thresholds, 10 % kept", "pfl_tpp", {**CONTROL, "warm_up": 4}),
+    Method("random units, 10 % kept", "pfl_tpp", {**CONTROL, "warm_up": 4, "importance": "random"}),
+    Method("narrow dense, 26 units", "fedtp", LONG, {"model": {"ffl_ratio": 0.4}}),
+)
 CELL = {"bandwidth_hz": 1e5}
 SIZES = ({"width": 32, "depth": 2}, {"width": 64, "depth": 2}, {"width": 64, "depth": 3})
 
@@ -97,7 +101,7 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
         Table(
             f"Fashion-MNIST, 10 devices, {split}",
             fleet("fashion-mnist", split, 10, 10, limit=4000),
-            TUNED,
+            MAIN,
         )
         for split in SPLITS
     ),
@@ -109,13 +113,12 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
         )
         for split in SPLITS
     ),
-    "har": (Table("UCI HAR, 10 people, by:subject", fleet("uci-har", "by:subject", 10, 12), TUNED),),
+    "har": (Table("UCI HAR, 10 people, by:subject", fleet("uci-har", "by:subject", 10, 12), MAIN),),
     "shakespeare": (
         Table(
             "Shakespeare, 10 roles, by:role",
             fleet("shakespeare", "by:role", 10, 12, limit=2400),
-            TUNED,
-            seeds=(0,),
+            MAIN,
             rate=4e-3,
         ),
     ),
@@ -123,23 +126,18 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
         Table(
             f"CIFAR-10 (10k/4k subset), 10 devices, {split}",
             fleet("cifar10", split, 10, 10, limit=4000),
-            PLAIN,
-            seeds=(0, 1) if split == SPLITS[0] else (0,),
-            note="Learning rates were not tuned here.",
+            MAIN,
         )
         for split in SPLITS
     ),
     "units": (
         Table(
+            "CIFAR-10, 4 devices, iid: which units are kept", fleet("cifar10", "iid", 4, 8, limit=6000), UNITS
+        ),
+        Table(
             "Shakespeare, 4 devices, iid: which units are kept",
             fleet("shakespeare", "iid", 4, 8, limit=6000),
-            (
-                Method("dense, 256 units", "fedtp", LONG),
-                Method("learned thresholds, 10 % kept", "pfl_tpp", CONTROL),
-                Method("random units, 10 % kept", "pfl_tpp", {**CONTROL, "importance": "random"}),
-                Method("narrow dense, 26 units", "fedtp", LONG, {"model": {"ffl_ratio": 0.4}}),
-            ),
-            seeds=(0,),
+            UNITS,
         ),
     ),
     "unequal": (
@@ -152,7 +150,6 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 *(_unequal(f"width {s['width']}, depth {s['depth']} alone", (s,)) for s in SIZES),
                 Method("local, width 64, depth 2", "local", served="after"),
             ),
-            seeds=(0,),
         ),
     ),
     "allocation": (
@@ -175,24 +172,31 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 Method("fedtp, cold start", "fedtp", {"cold_start_local": 1}),
                 Method("hedgerow", "hedgerow", {"learning_rate": 3e-3}),
             ),
-            seeds=(0,),
         ),
     ),
     "cost": (
+        *(
+            Table(
+                f"Cost: Fashion-MNIST, 10 devices, {split}, width 64",
+                fleet("fashion-mnist", split, 10, 10, limit=4001),
+                COSTS,
+                note=BESIDE,
+            )
+            for split in SPLITS
+        ),
         Table(
-            "Cost: Fashion-MNIST, 10 devices, pathological:2, width 64",
-            fleet("fashion-mnist", "pathological:2", 10, 10, limit=4001),
+            "Cost: Fashion-MNIST, 10 devices, pathological:2, width 128",
+            fleet("fashion-mnist", "pathological:2", 10, 10, limit=4001, model={"width": 128}),
             COSTS,
-            seeds=(0, 1),
-            note="One run at a time, every seed through all methods before the next; a test suite beside.",
+            seeds=(0,),
+            note=BESIDE,
         ),
     ),
     "fashion20": tuple(
         Table(
             f"Fashion-MNIST, 20 devices, {split}",
             fleet("fashion-mnist", split, 20, 10, limit=4000),
-            PLAIN,
-            note="Learning rates were not tuned here.",
+            MAIN,
         )
         for split in SPLITS
     ),

@@ -86,7 +86,8 @@ class Update(Frozen):
     examples: int = Field(ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
     """{loss,accuracy}_sent, loss, accuracy (test part, before and after), validation_sent and
-    validation (accuracy on the validation part), steps, step_ms, cpu_s (of training and pruning)."""
+    validation (accuracy on the validation part), loss_trained (mean over the last epoch's training steps),
+    steps, step_ms, cpu_s (of training and pruning)."""
     kept_units: tuple[int, ...] = ()
     ledger: dict[Stage, EnergyReading] = Field(default_factory=dict)
     received_bytes: int = 0

@@ -104,7 +104,7 @@ class AdaptivePruning(Strategy):
         allocation, out = self._decided(state, context)
         down = state.shared.under("model/")
         return [
-            context.assign(card.agent, self._local_alt(self._ratio(allocation, card.agent)), down)
+            context.assign(card.agent, self._local_alt(self.ratio(allocation, card.agent)), down)
             for card in context.present
             if card.agent not in out
         ]
@@ -125,7 +125,7 @@ class AdaptivePruning(Strategy):
         if self.rates == "measured":
             for update in updates:
                 known = private.get(update.agent, Parameters())
-                private[update.agent] = known.updated(_measured(update, state))
+                private[update.agent] = known.updated(measured(update, state))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), private)
 
     def personal(self, state: State, agent: str) -> Parameters:
@@ -163,6 +163,12 @@ class AdaptivePruning(Strategy):
             found.append(device)
         return found
 
+    def ratio(self, allocation: Allocation, agent: str) -> float:
+        """Return what this agent prunes: nothing while nobody has measured it."""
+        if agent in allocation.excluded:
+            return allocation.ratio_max
+        return allocation.shares[agent].ratio if agent in allocation.shares else 0.0
+
     # --- inside ------------------------------------------------------------------------------
 
     def _decided(self, state: State, context: RoundContext) -> tuple[Allocation, dict[str, str]]:
@@ -174,12 +180,6 @@ class AdaptivePruning(Strategy):
             if heard is None or context.round - float(heard[0]) <= ASKED_AGAIN:
                 out[agent] = reason
         return allocation, out
-
-    def _ratio(self, allocation: Allocation, agent: str) -> float:
-        """Return what this agent prunes: nothing while nobody has measured it."""
-        if agent in allocation.excluded:
-            return allocation.ratio_max
-        return allocation.shares[agent].ratio if agent in allocation.shares else 0.0
 
     def _local_alt(self, ratio: float) -> LocalWork:
         rate = self.learning_rate
@@ -240,14 +240,14 @@ class AdaptivePruning(Strategy):
         return fixed * second, shrinking * second, Wire(float(known["rate_bps"][0]))
 
 
-def _measured(update: Update, state: State) -> Parameters:
+def measured(update: Update, state: State) -> Parameters:
     """Return what an update tells of its device: seconds of training with the share kept, and the rate up.
 
     The bytes are those of its update before, whose seconds are in this one's ledger.
     """
     found = {"heard": _number(state.round + 1)}
     train_s = sum(update.ledger[s].seconds for s in (Stage.TRAIN, Stage.PRUNE) if s in update.ledger)
-    units = sum(a.size for name, a in state.shared.items() if name.endswith(".ffl.up.bias"))
+    units = sum(a.size for name, a in state.shared.under("model/").items() if name.endswith(".ffl.up.bias"))
     if train_s > 0 and update.kept_units:
         found["train"] = np.array([train_s, sum(update.kept_units) / units])
     sending = update.ledger.get(Stage.SEND)

@@ -37,7 +37,7 @@ class PflTpp(FedTP):
     floor: int = Field(4, ge=1)
     warm_up: int = Field(1, ge=0)
     """Rounds before thresholds move."""
-    threshold_rate: float = Field(0.05, gt=0)
+    threshold_rate: float = Field(0.1, gt=0)
     every: int = Field(4, ge=1)
     max_drop: float = Field(0.3, gt=0, le=1)
     regulariser: float = Field(1.0, ge=0)

@@ -230,6 +230,11 @@ def _judged(model: Transformer, data: LocalData, when: str) -> dict[str, float]:
     return {f"loss{when}": loss, f"accuracy{when}": accuracy, f"validation{when}": validation}
 
 
+def _as_sent(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the same figures of a model that was not trained since."""
+    return {name: metrics[f"{name}_sent"] for name in ("loss", "accuracy", "validation")}
+
+
 def _fitted(course: _Course, fit: EmbeddingFit, task: Task, hooks: Hooks) -> _Course:
     """Return a new course from the model of the embedding that suits this device best."""
     from edge_agent.training.embedding import fit_embedding  # torch.func weighs, and few need it
@@ -438,7 +443,7 @@ def _say(course: _Course, *, hooks: Hooks, total: int, begun: float, before: int
 
 def _finish(course: _Course, task: Task, hooks: Hooks) -> Outcome:
     with hooks.stage(Stage.EVALUATE):
-        judged = _judged(course.model, task.data, "")
+        judged = _judged(course.model, task.data, "") if task.work.train else _as_sent(course.metrics)
         probe = _probe(course.model, task.data)
     per_epoch = max(1, -(-task.data.examples // task.work.batch_size))
     metrics = {
@@ -447,6 +452,7 @@ def _finish(course: _Course, task: Task, hooks: Hooks) -> Outcome:
         **{f"gate_{role}": float(g) for role, g in zip(ROLES, course.extra.get(GATES, ()), strict=False)},
         "cpu_s": course.cpu_s,
         "steps": float(course.steps),
+        **({"loss_trained": course.loss} if math.isfinite(course.loss) else {}),
         "step_ms": 1000 * course.seconds / per_epoch,
     }
     trained, extra = to_parameters(course.model), Parameters(course.extra)
