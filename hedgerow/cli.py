@@ -76,7 +76,11 @@ def demo(
     rounds: Annotated[int, typer.Option(help="Rounds of training.")] = 10,
     strategy: Annotated[str, typer.Option(help=f"One of {STRATEGIES}.")] = "pfl_tpp",
     dataset: Annotated[
-        str, typer.Option(help="digits needs no files; others look in --data-dir.")
+        str,
+        typer.Option(
+            help="digits needs no files; mnist, fashion-mnist, cifar10, uci-har, shakespeare and every"
+            " FILE.npz are looked for in --data-dir."
+        ),
     ] = "digits",
     data_dir: Annotated[
         Path | None, typer.Option(envvar="HEDGEROW_DATA", help="Folder of the data sets.")
@@ -84,6 +88,29 @@ def demo(
     partition: Annotated[str, typer.Option(help=PARTITIONS)] = "dirichlet:0.3",
     seed: Annotated[int, typer.Option(help="Decides shares, initial model and batches.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use so many samples of the data set.")] = None,
+    x: Annotated[
+        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    y: Annotated[
+        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY",
+            help="People, sites or other groups in a .npz; see by:GROUP.",
+            rich_help_panel=NPZ,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY",
+            help="Each row's part in a .npz: 0 training, 1 test; or 0, 1, 2 or the words training,"
+            " validation, test.",
+            rich_help_panel=NPZ,
+        ),
+    ] = None,
     broker: Annotated[
         str | None, typer.Option(help="mqtt://user:password@host:port; without it one is started.")
     ] = None,
@@ -115,6 +142,7 @@ def demo(
         partition=partition,
         seed=seed,
         limit=limit,
+        arrays={k: v for k, v in {"x": x, "y": y, "group": group, "split": split}.items() if v is not None},
         broker=broker,
         profile=profile,
         reference=reference,

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from coordinator.strategies.base import Strategy, load_strategy
-from edge_agent.datasets import load
+from edge_agent.datasets import load, partition_problems
 from edge_agent.samples import DataSettings, LocalData
 from foundation.errors import HedgerowError, SettingsError
 from foundation.profile import DeviceProfile
@@ -62,6 +62,8 @@ class DemoOptions:
     partition: str = "dirichlet:0.3"
     seed: int = 0
     limit: int | None = None
+    arrays: Mapping[str, str] = field(default_factory=dict)
+    """Of a `.npz`: names of the arrays x, y, group and split."""
     broker: str | None = None
     profile: str = "auto"
     reference: bool = False
@@ -137,6 +139,8 @@ def run(options: DemoOptions) -> int:
 
 def _run(options: DemoOptions, console: Console, stack: ExitStack) -> DemoReport:
     _check(options)
+    for problem in problems_of(options):
+        console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False)
     started = time.monotonic()
     with console.status("starting broker, coordinator and agents"):
         federation = _start(options, stack)
@@ -172,14 +176,23 @@ def _check(options: DemoOptions) -> None:
     device_data(options, 0)
 
 
+def problems_of(options: DemoOptions) -> list[str]:
+    """Return what to know of the devices' shares before anything starts; raises as `partition_problems`."""
+    strategy = load_strategy(options.strategy, learning(options))
+    return partition_problems(_data_settings(options, 0), options.data_dir, strategy.batch_size)
+
+
 def device_data(options: DemoOptions, index: int) -> LocalData:
     """Return what one device has; raises `DataError` or `SettingsError` in words."""
+    return load(_data_settings(options, index), options.data_dir)
+
+
+def _data_settings(options: DemoOptions, index: int) -> DataSettings:
     try:
-        settings = DataSettings(**data_table(options, index))
+        return DataSettings(**data_table(options, index))
     except ValidationError as error:
         said = "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())
         raise SettingsError(said) from error
-    return load(settings, options.data_dir)
 
 
 def data_table(options: DemoOptions, index: int) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def data_table(options: DemoOptions, index: int) -> dict[str, Any]:
     }
     if options.limit is not None:
         table["limit"] = options.limit
-    return table
+    return table | dict(options.arrays)
 
 
 # --- starting ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
@@ -155,3 +156,21 @@ def test_what_a_person_misspelt_is_said_before_anything_starts(tmp_path: Path) -
     assert process.returncode == 2, printed + said
     assert "at least 2 devices" in printed + said
     assert not [*(tmp_path / "tmp").glob("hedgerow-*")]
+
+
+def test_a_file_of_ones_own_is_dealt_by_its_groups_and_what_is_thin_is_said_first(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 120)
+    x = rng.normal(size=(120, 8, 2)).astype(np.float32) + y[:, None, None]
+    np.savez(tmp_path / "gait.npz", x=x, y=y, person=np.repeat([7, 9], 60))
+    options = ("--dataset", "gait.npz", "--data-dir", str(tmp_path), "--partition", "by:person")
+    more = ("--strategy", "hedgerow", "--rounds", "1", "--json")
+    with demo(tmp_path / "tmp", *options, *more) as (process, _):
+        printed, said = process.communicate(timeout=120)
+        assert process.returncode == 0, printed + said
+    report = json.loads(printed)
+    assert (report["dataset"], report["partition"]) == ("gait.npz", "by:person")
+    assert sum(device["examples"] for device in report["devices"]) < 120, "the rest tests and validates"
+    assert "warning: fewer than 64 training samples, two batches of 32, on devices 0 and 1" in " ".join(
+        said.split()
+    )
