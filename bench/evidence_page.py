@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 
 from bench.evidence import LAST, Job, Results, best_rate
+from bench.evidence_bars import markdown
 from bench.evidence_sections import SECTIONS, Method, Table
 from hedgerow.compare_figures import curve_of, first_at, saved_of
 from hedgerow.compare_report import RunFigures
 
+BARS, BARS_END = "<!-- bars: written by bench/evidence.py -->", "<!-- end of bars -->"
 BEGIN, END = "<!-- tables: written by bench/evidence.py -->", "<!-- end of tables -->"
 
 
@@ -30,9 +32,15 @@ def write(results: Results, docs: Path, *, pages_only: bool) -> None:
         tables = {title: known[title] for title in titles if title in known}
         target.write_text(json.dumps({"machine": machine(), "tables": tables}, indent=1) + "\n")
     page = docs / "evidence.md"
-    text = page.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(before + BEGIN + "\n\n" + pages(json.loads(target.read_text())) + "\n" + END + after)
+    page.write_text(renewed(page.read_text(), json.loads(target.read_text())))
+
+
+def renewed(text: str, found: dict[str, Any]) -> str:
+    """Return the page with bars and tables as they follow from `evidence.json`."""
+    for begin, end, told in ((BARS, BARS_END, markdown(found["tables"])), (BEGIN, END, pages(found))):
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = before + begin + "\n\n" + told + "\n\n" + end + after
+    return text
 
 
 def machine() -> dict[str, Any]:
@@ -145,7 +153,7 @@ def _run(figures: dict[str, Any]) -> RunFigures:
 
 def pages(found: dict[str, Any]) -> str:
     """Return all tables as Markdown."""
-    return "\n".join(_section(title, table) for title, table in found["tables"].items())
+    return "\n".join(_section(title, table) for title, table in found["tables"].items()).rstrip()
 
 
 def _section(title: str, table: dict[str, Any]) -> str:
