@@ -138,6 +138,7 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
             "Shakespeare, 4 devices, iid: which units are kept",
             fleet("shakespeare", "iid", 4, 8, limit=6000),
             UNITS,
+            seeds=(0,),
         ),
     ),
     "unequal": (

@@ -401,14 +401,17 @@ def as_classes(
 def gather(blocks: Iterator[Array], rows: Array, total: int, shape: tuple[int, ...], dtype: object) -> Array:
     """Keep the asked-for rows of a source that is read block by block, in the order asked for.
 
-    Memory is that of the rows and one block. `blocks` is not read beyond the last row needed.
+    Memory is that of the rows and one block. `blocks` is not read beyond the last row needed. Raises
+    `DataError` when they hold less, or something else, than was said: the file was replaced in between.
     """
     out = np.empty((len(rows), *shape), np.dtype(dtype))  # type: ignore[call-overload]
     target = np.full(total, -1, np.int64)
     target[rows] = np.arange(len(rows))
     start, last = 0, int(rows.max(initial=-1))
     while start <= last:
-        block = next(blocks)
+        block = next(blocks, None)
+        if block is None or not len(block) or block.shape[1:] != shape:
+            raise DataError("the file changed while it was read: leave it alone until it is, and try again")
         place = target[start : start + len(block)]
         out[place[place >= 0]] = block[place >= 0]
         start += len(block)

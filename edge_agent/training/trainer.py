@@ -168,6 +168,10 @@ class _Course:
     loss: float = math.inf
     """Mean training loss of the last epoch."""
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the model's parameters in order, without a walk through its modules."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
 
 def carry_out(task: Task, hooks: Hooks) -> Outcome:
     """Do the work and return what came of it.
@@ -408,24 +412,26 @@ def _prepared(model: Transformer, phase: Phase, x: Tensor, task: Task) -> tuple[
 def _step(course: _Course, task: Task, hooks: Hooks, rows: Tensor, x: Tensor, y: Tensor, start: int) -> float:
     if hooks.cancelled():
         raise Cancelled
-    course.optimizer.zero_grad(set_to_none=True)
+    for parameter in course.parameters():
+        parameter.grad = None
     logits = course.model(x, start=start)
     loss = loss_of(logits, y) if course.lesson is None else course.lesson.loss(logits, y, rows)
-    if not torch.isfinite(loss):
+    value = loss.item()
+    if not math.isfinite(value):
         raise WorkRefused(
-            f"the local loss became {loss.item()} at step {course.steps + 1}: lower the learning rate,"
+            f"the local loss became {value} at step {course.steps + 1}: lower the learning rate,"
             " or look at this device's data for extreme values"
         )
     loss.backward()  # type: ignore[no-untyped-call]
     keeps = course.pruner.after_backward() if course.pruner else []
     if course.pull:
         course.pull.add_gradient(course.model)
-    torch.nn.utils.clip_grad_norm_(course.model.parameters(), task.work.clip)
+    torch.nn.utils.clip_grad_norm_(course.parameters(), task.work.clip)
     course.optimizer.step()
     course.steps += 1
     if any(keep is not None for keep in keeps):
         _cut(course, keeps, hooks)
-    return loss.item()
+    return value
 
 
 def _say(course: _Course, *, hooks: Hooks, total: int, begun: float, before: int) -> None:

@@ -17,8 +17,7 @@ def to_module(spec: ModelSpec, parameters: Parameters) -> Transformer:
     arrays are missing or have other shapes than the spec's.
     """
     widths = [parameters[f"blocks.{i}.ffl.up.weight"].shape[0] for i in range(spec.depth)]
-    with torch.device("meta"):
-        model = Transformer(spec, widths)
+    model = Transformer(spec, widths)
     weights = {name: tensor_of(parameters[name]) for name, _ in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     for parameter in model.parameters():

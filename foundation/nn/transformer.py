@@ -16,13 +16,27 @@ from torch import Tensor, nn
 from foundation.spec import ModelSpec
 
 
+class Linear(nn.Linear):
+    """A linear map whose values come from outside: drawing them here costs more than a short evaluation."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing; foundation/spec.py does."""
+
+
+class Embedding(nn.Embedding):
+    """The same for an embedding."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing; foundation/spec.py does."""
+
+
 class Attention(nn.Module):
     """Projections to query, key and value, and the scaled dot product; no bias, as in FedTP."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads, self.causal = spec.heads, spec.input == "text"
-        self.qkv = nn.Linear(spec.width, 3 * spec.width, bias=False)
+        self.qkv = Linear(spec.width, 3 * spec.width, bias=False)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """Map (batch, tokens, width) to the same shape, or to the first `queries` tokens only."""
@@ -44,8 +58,8 @@ class FFL(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
@@ -60,7 +74,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.width)
         self.attention = Attention(spec)
-        self.output = nn.Linear(spec.width, spec.width)
+        self.output = Linear(spec.width, spec.width)
         self.norm2 = nn.LayerNorm(spec.width)
         self.ffl = FFL(spec.width, hidden)
 
@@ -81,7 +95,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of a `ModelSpec`, with as many FFL units per block as `widths` says.
+    """The model of a `ModelSpec`, with as many FFL units per block as `widths` says; its values are not set.
 
     Input is (batch, *spec.shape), normalised, float32; for text (batch, characters) of int64. Output is
     (batch, classes); for text (batch, characters, classes).
@@ -94,16 +108,16 @@ class Transformer(nn.Module):
             raise ValueError(f"{spec.depth} blocks need {spec.depth} positive FFL widths, not {list(widths)}")
         self.spec = spec
         self.embed: nn.Module = (
-            nn.Embedding(spec.classes, spec.width)
+            Embedding(spec.classes, spec.width)
             if spec.input == "text"
-            else nn.Linear(spec.patch_size, spec.width)
+            else Linear(spec.patch_size, spec.width)
         )
         if spec.pool == "cls":
             self.cls = nn.Parameter(torch.empty(spec.width))
         self.position = nn.Parameter(torch.empty(spec.tokens, spec.width))
         self.blocks = nn.ModuleList(Block(spec, hidden) for hidden in widths)
         self.norm = nn.LayerNorm(spec.width)
-        self.head = nn.Linear(spec.width, spec.classes)
+        self.head = Linear(spec.width, spec.classes)
 
     @property
     def stages(self) -> list[tuple[tuple[str, ...], Callable[[Tensor], Tensor]]]:

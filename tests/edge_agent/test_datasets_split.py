@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge_agent.datasets import BUILTIN, DataSettings, load
 from edge_agent.samples import TEST, TRAIN, VALIDATION, Source, deal, gather, local_data, split
+from edge_agent.sources import npz
 from foundation.errors import DataError
 from foundation.normalisation import Normalisation
 from foundation.parameters import Array
@@ -113,6 +114,16 @@ def test_gather_returns_rows_in_the_order_asked_for(total: int, step: int, data:
     rows = np.array(data.draw(st.lists(st.integers(0, total - 1), unique=True)), np.int64)
     blocks = iter([everything[i : i + step] for i in range(0, total, step)])
     np.testing.assert_array_equal(gather(blocks, rows, total, (3,), np.int64), everything[rows])
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    for x in (np.zeros((4, 3)), np.zeros((9, 2)), np.zeros((0, 3))):
+        np.savez(path, x=np.ones((9, 3)), y=np.arange(9) % 3)
+        source = npz(DataSettings(kind="npz", path=path))
+        np.savez(path, x=x, y=np.arange(9) % 3)
+        with pytest.raises(DataError, match="changed while it was read"):
+            source.read(np.arange(9))
 
 
 # --- IDX ------------------------------------------------------------------------------------------
