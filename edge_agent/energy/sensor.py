@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol, Self
 
 from foundation.energy import Kind, Scope
 from foundation.errors import SettingsError
-from foundation.profile import DeviceProfile
+from foundation.profile import DeviceProfile, SensorEntry
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,23 @@ class CounterSensor(_Sensor):
             return None
         wrapped = count + self._range - before
         return wrapped if 0 <= wrapped * self._unit_j <= self._max_w * seconds else None
+
+
+def entry_of(profile: DeviceProfile, name: str) -> SensorEntry | None:
+    """Return what the profile says of the sensor of that name; `None` if it does not list it."""
+    return next((entry for entry in profile.sensor if entry.name == name), None)
+
+
+def number_of(profile: DeviceProfile, name: str, key: str) -> float | None:
+    """Return a number that the profile gives for a sensor; `None` where it is not there or not known."""
+    entry = entry_of(profile, name)
+    number = entry.numbers.get(key) if entry else None
+    return number.v if number is not None and isinstance(number.v, float) else None
+
+
+def relative_error(profile: DeviceProfile, name: str) -> float | None:
+    """Return the relative error bar (k = 2) that the profile gives for a sensor."""
+    return number_of(profile, name, "u_rel")
 
 
 def sensor_names() -> tuple[str, ...]:

@@ -29,8 +29,11 @@ def board(root: Path, model: str) -> Path:
     return root
 
 
-def test_four_profiles_ship_and_load():
-    assert {"generic-x86-server", "raspberry-pi-4b", "raspberry-pi-5", "unknown-linux"} <= set(available())
+def test_profiles_ship_and_load():
+    pis = {f"raspberry-pi-{board}" for board in ("zero-2w", "3b-plus", "4b", "5")}
+    jetsons = {f"jetson-{module}" for module in ("nano", "tx2", "xavier-nx", "orin-nano", "agx-orin")}
+    others = {"radxa-rock-5b", "generic-x86-laptop", "generic-x86-server", "unknown-linux"}
+    assert pis | jetsons | others == set(available())
     pi = DeviceProfile.load("raspberry-pi-4b")
     assert pi.model is not None
     assert pi.model.scope is Scope.BOARD_DC
@@ -55,7 +58,14 @@ def test_unknown_machine_has_no_invented_watts():
         ("Raspberry Pi 400 Rev 1.0", "raspberry-pi-4b"),
         ("Raspberry Pi 5 Model B Rev 1.0", "raspberry-pi-5"),
         ("Raspberry Pi 500 Rev 1.0", "raspberry-pi-5"),
-        ("Raspberry Pi 3 Model B Plus Rev 1.3", "unknown-linux"),
+        ("Raspberry Pi 3 Model B Plus Rev 1.3", "raspberry-pi-3b-plus"),
+        ("Raspberry Pi Zero 2 W Rev 1.0", "raspberry-pi-zero-2w"),
+        ("NVIDIA Jetson Nano Developer Kit", "jetson-nano"),
+        ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier-nx"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "jetson-orin-nano"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "jetson-agx-orin"),
+        ("Radxa ROCK 5B", "radxa-rock-5b"),
+        ("Raspberry Pi Model B Rev 2", "unknown-linux"),
         ("Some Board Nobody Knows", "unknown-linux"),
     ],
 )
@@ -70,7 +80,7 @@ def test_detects_a_bare_x86_server(tmp_path: Path):
 
 def test_a_laptop_is_not_a_server(tmp_path: Path):
     root = fake(tmp_path, proc__cpuinfo=BARE_X86, sys__class__power_supply__BAT0__type="Battery\n")
-    assert DeviceProfile.detect(root).id == "unknown-linux"
+    assert DeviceProfile.detect(root).id == "generic-x86-laptop"
 
 
 def test_a_virtual_machine_is_unknown_by_flag_or_by_dmi(tmp_path: Path):
@@ -85,7 +95,9 @@ def test_an_empty_file_system_is_unknown(tmp_path: Path):
 
 
 def test_a_wrong_id_names_those_there_are():
-    with pytest.raises(SettingsError, match=r"raspberry-pi-9.*generic-x86-server, raspberry-pi-4b"):
+    with pytest.raises(
+        SettingsError, match=r"raspberry-pi-9.*generic-x86-server, jetson-agx-orin.*raspberry-pi-4b"
+    ):
         DeviceProfile.load("raspberry-pi-9")
 
 

@@ -12,7 +12,7 @@ from edge_agent.energy.sensor import sensor_class
 from foundation.profile import DeviceProfile, available
 
 UNITS = re.compile(
-    r"_(w|w_alt\d*|j|c|mhz|mib|gflops|mb_s|mbit_s|rel|mb_up|mb_down)$|^(isa|cores|exponent|pmic_gain)$"
+    r"_(w|w_alt\d*|j|c|mhz|mib|gflops|mb_s|gb_s|mbit_s|rel|mb_up|mb_down)$|^(isa|cores|exponent|gain)$"
 )
 POWER = re.compile(r"_w(_alt\d*)?$")
 

@@ -1,0 +1,84 @@
+"""NVIDIA graphics cards in a PC or server: the driver's own energy counter, all cards together.
+
+Needs the optional `nvidia-ml-py` (`pip install 'hedgerow[nvml]'`). The counter knows the cards alone, neither
+processor nor memory of the machine; on Jetsons there is none (see ina3221.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from edge_agent.energy.sensor import CounterSensor, relative_error
+from foundation.energy import Kind, Scope
+from foundation.profile import DeviceProfile
+
+MOST_W = 2000.0
+
+
+class _Card(CounterSensor):
+    """One card's counter of millijoules; it begins with the driver and does not wrap."""
+
+    name: ClassVar[str] = "nvml"
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        super().__init__(Scope.GPU_BOARD, joules_per_count=1e-3, range_counts=None, max_w=MOST_W)
+        self._library, self._handle = library, handle
+
+    def count(self) -> int | None:
+        """Return millijoules."""
+        try:
+            return int(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._library.NVMLError:
+            return None
+
+
+class Nvml:
+    """All cards of the machine."""
+
+    name: ClassVar[str] = "nvml"
+
+    def __init__(self, library: Any, handles: list[Any], u_rel: float | None) -> None:
+        self.kind = Kind.MEASURED
+        self.scope = Scope.GPU_BOARD
+        self.cumulative = True
+        self.idle_w: float | None = None
+        self.u_rel = u_rel
+        self.flags: tuple[str, ...] = ()
+        self._cards = [_Card(library, handle) for handle in handles]
+
+    @property
+    def breaks(self) -> int:
+        """Resets of any card's counter."""
+        return sum(card.breaks for card in self._cards)
+
+    @classmethod
+    def probe(cls, profile: DeviceProfile, root: Path, library: Any = None) -> Self | None:
+        """Return a sensor if library, driver and a card with a counter are there, on the real machine."""
+        if library is None and not (root / "dev/nvidiactl").exists():
+            return None
+        try:
+            library = library or importlib.import_module("pynvml")
+        except ImportError:
+            return None
+        try:
+            library.nvmlInit()
+            count = library.nvmlDeviceGetCount()
+            sensor = cls(
+                library,
+                [library.nvmlDeviceGetHandleByIndex(i) for i in range(count)],
+                relative_error(profile, cls.name),
+            )
+        except library.NVMLError:
+            return None
+        return sensor if count and sensor.joules(0.0) is not None else None
+
+    def joules(self, now_s: float) -> float | None:
+        """Return joules since opened; `None` while a card does not answer."""
+        each = [card.joules(now_s) for card in self._cards]
+        known = [joules for joules in each if joules is not None]
+        return sum(known) if len(known) == len(each) else None
+
+
+SENSOR = Nvml
