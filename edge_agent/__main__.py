@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="hedgerow agent",
         description="Train on this device's own data, and keep a personal model of it.",
-        epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set.",
+        epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
+        " `hedgerow agent measure` shows what this device draws.",
     )
     result.add_argument("--config", type=Path, help="agent.toml")
     result.add_argument(
@@ -41,8 +42,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the agent until it is told to stop; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    """Run the agent until it is told to stop, or one of its tools; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["measure"]:
+        from edge_agent.measure import main as measure  # only people look at tables
+
+        return measure(words[1:])
+    arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
             AgentSettings, arguments.config, os.environ, arguments.set, prefix="AGENT"
