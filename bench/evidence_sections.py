@@ -62,6 +62,7 @@ MAIN = (
 
 OTHERS = (
     Method("pfl_tpp, lean, int8", "pfl_tpp", {"target": 0.92, "lean": True, "encoding": "int8"}),
+    Method("hedgerow, one epoch a round", "hedgerow", {"epochs": 1, "learning_rate": 3e-3}),
     Method("hedgerow, gates fixed", "hedgerow", {"gate_rate": 0.0, "learning_rate": 3e-3}),
     Method("fedprox", "fedprox", seeds=(0,)),
     Method("pfedhn", "pfedhn", seeds=(0,)),
@@ -79,6 +80,7 @@ COSTS = (
     Method("pfl_tpp, lean", "pfl_tpp", LEAN),
     Method("pfl_tpp, lean, int8", "pfl_tpp", {**LEAN, "encoding": "int8", "encoding_down": "int8"}),
     Method("hedgerow", "hedgerow", {"learning_rate": 3e-3}),
+    Method("hedgerow, one epoch a round", "hedgerow", {"epochs": 1, "learning_rate": 3e-3}),
 )
 LONG = {"epochs": 3, "learning_rate": 3e-3}
 CONTROL = {"personal_head": False, "ffl": "mean_of_keepers", "target": 0.9, **LONG}
@@ -134,12 +136,6 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
         Table(
             "CIFAR-10, 4 devices, iid: which units are kept", fleet("cifar10", "iid", 4, 8, limit=6000), UNITS
         ),
-        Table(
-            "Shakespeare, 4 devices, iid: which units are kept",
-            fleet("shakespeare", "iid", 4, 8, limit=6000),
-            UNITS,
-            seeds=(0,),
-        ),
     ),
     "unequal": (
         Table(
@@ -181,6 +177,7 @@ SECTIONS: dict[str, tuple[Table, ...]] = {
                 f"Cost: Fashion-MNIST, 10 devices, {split}, width 64",
                 fleet("fashion-mnist", split, 10, 10, limit=4001),
                 COSTS,
+                seeds=(0, 1),
                 note=BESIDE,
             )
             for split in SPLITS

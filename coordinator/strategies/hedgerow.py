@@ -6,10 +6,10 @@ For every role r (attention, FFL, rest, head) a device starts a round from
 
 with a the average, R a personal residual of low rank that a hypernetwork generates (attention's alone, and
 only if asked for: coordinator/residual.py), p what the device kept of the round before, g_r its gate. It
-trains little: one epoch, on FFLs pruned by learned thresholds (see pfl_tpp), and not at all in the round
-after one in which its training loss was next to nothing. It sends (a + R) - trained, in few bits. The
-coordinator's average descends with momentum along the mean of that, FFL units along the mean over those who
-kept them. Units that nobody kept are not sent down again.
+trains little: on FFLs pruned by learned thresholds (see pfl_tpp), one epoch in the first round, and not at
+all in the round after one in which its training loss was next to nothing. It sends (a + R) - trained, in few
+bits. The coordinator's average descends with momentum along the mean of that, FFL units along the mean over
+those who kept them. Units that nobody kept are not sent down again.
 
 Special cases: all gates 0 is `fedavg`; the head's 1 and the others' 0 `fedper`; all 1 `local` (with `target`
 and `rest` 0, `schedule` constant and `server_momentum` 0). `fedtp` differs in that its attention is moved by
@@ -53,7 +53,9 @@ Gate = Annotated[float, Field(ge=0, le=1)]
 class Hedgerow(Strategy):
     """Average, keep, mix by gates; prune; train little and send few bits."""
 
-    epochs: int = Field(1, ge=0, le=1000)
+    epochs: int = Field(2, ge=0, le=1000)
+    first_epochs: int = Field(1, ge=0, le=1000)
+    """Local epochs of round 1: an average of models that went far apart is worth little."""
     learning_rate: float = Field(3e-3, gt=0)
     encoding: Encoding = "int8"
     encoding_down: Encoding = "int8"
@@ -203,7 +205,8 @@ class Hedgerow(Strategy):
     def _work(self, context: RoundContext, *, rate: float, initial: bool) -> LocalWork:
         lean = context.round > self.lean_after * context.rounds
         moving = LEAN if lean else EVERYTHING
-        phase = Phase(train=moving, epochs=self.epochs, learning_rate=rate, enough=self.enough)
+        epochs = self.first_epochs if context.round == 1 else self.epochs
+        phase = Phase(train=moving, epochs=epochs, learning_rate=rate, enough=self.enough)
         blend = Blend(gates=self.gates, rate=self.gate_rate, samples=self.gate_samples)
         terms: tuple[Term, ...] = (blend, self._pruning(context)) if self.target else (blend,)
         send = moving if self.target else moving - {Role.THRESHOLD}

@@ -26,6 +26,7 @@ PLAIN: dict[str, Any] = {
     "encoding_down": "float32",
     "learning_rate": 5e-3,
     "epochs": 2,
+    "first_epochs": 2,
 }
 SAME = {"learning_rate": 5e-3, "epochs": 2}
 ALL = {str(role): 1.0 for role in WEIGHTS}
@@ -173,6 +174,12 @@ def test_rests_grow_by_one_up_to_the_setting_and_end_when_there_is_something_to_
         rested = update.model_copy(update={"metrics": {}, "parameters": Parameters()})
         state = strategy.absorb(state, [update if plan.work.train else rested])
     assert rounds == [True, True, False, True, False, False, True, True, False]
+
+
+def test_the_first_round_is_short() -> None:
+    toy = ToyFederation(load_strategy("hedgerow", {"epochs": 3, "first_epochs": 1}))
+    state = toy.begin()
+    assert [toy.plan(state, number)[0].work.phases[0].epochs for number in (1, 2, 3)] == [1, 3, 3]
 
 
 def test_nobody_rests_at_rest_0() -> None:
