@@ -55,7 +55,7 @@ class Hedgerow(Strategy):
 
     epochs: int = Field(2, ge=0, le=1000)
     first_epochs: int = Field(1, ge=0, le=1000)
-    """Local epochs of round 1: an average of models that went far apart is worth little."""
+    """Local epochs of a device's first round: an average of models that went far apart is worth little."""
     learning_rate: float = Field(3e-3, gt=0)
     encoding: Encoding = "int8"
     encoding_down: Encoding = "int8"
@@ -121,8 +121,8 @@ class Hedgerow(Strategy):
         """Send the average to everybody, without the units that nobody keeps any more."""
         # Before the first round the average is the initial model, which devices draw themselves.
         initial = state.round == 0
-        work = self._work(context, rate=self._rate(context), initial=initial)
-        first = self._work(context, rate=self.learning_rate, initial=initial)
+        work = self._work(context, epochs=self.epochs, rate=self._rate(context), initial=initial)
+        first = self._work(context, epochs=self.first_epochs, rate=self.learning_rate, initial=initial)
         targets = self._targets(state, context)
         masks = state.shared.under("offered/")
         assignments = []
@@ -202,10 +202,9 @@ class Hedgerow(Strategy):
             return model
         return model.updated(residual.added(state, agent, model.only(ATTENTION)))
 
-    def _work(self, context: RoundContext, *, rate: float, initial: bool) -> LocalWork:
+    def _work(self, context: RoundContext, *, epochs: int, rate: float, initial: bool) -> LocalWork:
         lean = context.round > self.lean_after * context.rounds
         moving = LEAN if lean else EVERYTHING
-        epochs = self.first_epochs if context.round == 1 else self.epochs
         phase = Phase(train=moving, epochs=epochs, learning_rate=rate, enough=self.enough)
         blend = Blend(gates=self.gates, rate=self.gate_rate, samples=self.gate_samples)
         terms: tuple[Term, ...] = (blend, self._pruning(context)) if self.target else (blend,)

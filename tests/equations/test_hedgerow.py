@@ -176,10 +176,15 @@ def test_rests_grow_by_one_up_to_the_setting_and_end_when_there_is_something_to_
     assert rounds == [True, True, False, True, False, False, True, True, False]
 
 
-def test_the_first_round_is_short() -> None:
+def test_a_devices_first_round_is_short() -> None:
     toy = ToyFederation(load_strategy("hedgerow", {"epochs": 3, "first_epochs": 1}))
     state = toy.begin()
-    assert [toy.plan(state, number)[0].work.phases[0].epochs for number in (1, 2, 3)] == [1, 3, 3]
+    later = toy.strategy.absorb(state, [])
+    assert [toy.plan(s, n)[0].work.phases[0].epochs for s, n in ((state, 1), (later, 2))] == [1, 3]
+    late = toy.cards[0].model_copy(update={"agent": "late"})
+    later = toy.strategy.enroll(later, late, 0)
+    toy.cards = [*toy.cards, late]
+    assert [plan.work.phases[0].epochs for plan in toy.plan(later, 2)] == [3, 3, 3, 1]
 
 
 def test_nobody_rests_at_rest_0() -> None:
