@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         prog="hedgerow agent",
         description="Train on this device's own data, and keep a personal model of it.",
         epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
-        " `hedgerow agent measure` shows what this device draws.",
+        " `hedgerow agent measure` shows what this device draws, `hedgerow agent doctor` what is missing.",
     )
     result.add_argument("--config", type=Path, help="agent.toml")
     result.add_argument(
@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from edge_agent.measure import main as measure  # only people look at tables
 
         return measure(words[1:])
+    if words[:1] == ["doctor"]:
+        from edge_agent.doctor import main as doctor
+
+        return doctor(words[1:])
     arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
