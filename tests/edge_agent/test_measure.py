@@ -57,8 +57,17 @@ def test_what_cannot_be_is_said(arguments: list[str], named: str, capsys: pytest
     assert named in capsys.readouterr().err
 
 
+# A shell that starts jobs in the background lets them ignore SIGINT; a person's terminal does not.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from edge_agent.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_is_the_way_to_end_it() -> None:
-    command = [sys.executable, "-m", "edge_agent", "measure", "--profile", "raspberry-pi-4b", "--json"]
+    command = [sys.executable, "-c", PROGRAM, "measure", "--profile", "raspberry-pi-4b", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["profile"] == "raspberry-pi-4b"
