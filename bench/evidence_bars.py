@@ -182,7 +182,7 @@ def _round(tables: Tables) -> Iterator[Bar]:
         yield Bar(
             f"a round of `pfl_tpp` lean against `fedavg`, width {width} (CPU; bytes as float32; as int8)",
             f"−{wanted:.0f} %; −60 %; −80 %",
-            f"−{cpu:.0f} %; −{sizes[0]:.0f} %; −{sizes[1]:.0f} %",
+            "; ".join(f"{-saved + 0.0:+.0f} %".replace("-", "−") for saved in (cpu, *sizes)),
             cpu >= wanted and sizes[0] >= 60 and sizes[1] >= 80,
         )
 
