@@ -40,6 +40,26 @@ PARTITIONS = (
     " for shakespeare, by:ARRAY for a .npz)."
 )
 
+X = Annotated[
+    str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
+]
+Y = Annotated[str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARRAY", help="People, sites or other groups in a .npz; see by:GROUP.", rich_help_panel=NPZ
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARRAY",
+        help="Each row's part in a .npz: 0 training, 1 test; or 0, 1, 2 or the words training, validation,"
+        " test.",
+        rich_help_panel=NPZ,
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -88,29 +108,10 @@ def demo(
     partition: Annotated[str, typer.Option(help=PARTITIONS)] = "dirichlet:0.3",
     seed: Annotated[int, typer.Option(help="Decides shares, initial model and batches.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use so many samples of the data set.")] = None,
-    x: Annotated[
-        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    y: Annotated[
-        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ARRAY",
-            help="People, sites or other groups in a .npz; see by:GROUP.",
-            rich_help_panel=NPZ,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ARRAY",
-            help="Each row's part in a .npz: 0 training, 1 test; or 0, 1, 2 or the words training,"
-            " validation, test.",
-            rich_help_panel=NPZ,
-        ),
-    ] = None,
+    x: X = None,
+    y: Y = None,
+    group: Group = None,
+    split: Split = None,
     broker: Annotated[
         str | None, typer.Option(help="mqtt://user:password@host:port; without it one is started.")
     ] = None,
@@ -176,29 +177,10 @@ def simulate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many samples of the data set, over all devices.")
     ] = None,
-    x: Annotated[
-        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    y: Annotated[
-        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ARRAY",
-            help="People, sites or other groups in a .npz; see by:GROUP.",
-            rich_help_panel=NPZ,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ARRAY",
-            help="Each row's part in a .npz: 0 training, 1 test; or 0, 1, 2 or the words training,"
-            " validation, test.",
-            rich_help_panel=NPZ,
-        ),
-    ] = None,
+    x: X = None,
+    y: Y = None,
+    group: Group = None,
+    split: Split = None,
     fraction: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the devices asked in each round.")
     ] = 1.0,
@@ -368,22 +350,10 @@ def compare(
     fraction: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the devices asked in each round.")
     ] = 1.0,
-    x: Annotated[
-        str | None, typer.Option("--x", metavar="ARRAY", help="Samples in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    y: Annotated[
-        str | None, typer.Option("--y", metavar="ARRAY", help="Labels in a .npz.", rich_help_panel=NPZ)
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(metavar="ARRAY", help="Groups in a .npz; see by:GROUP.", rich_help_panel=NPZ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ARRAY", help="Each row's part in a .npz, as for simulate.", rich_help_panel=NPZ
-        ),
-    ] = None,
+    x: X = None,
+    y: Y = None,
+    group: Group = None,
+    split: Split = None,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", metavar="KEY=VALUE", help="Of the transformer, such as width=64."),

@@ -10,8 +10,8 @@ import importlib
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from edge_agent.energy.sensor import CounterSensor, relative_error
-from foundation.energy import Kind, Scope
+from edge_agent.energy.sensor import CounterSensor, CounterSum, relative_error
+from foundation.energy import Scope
 from foundation.profile import DeviceProfile
 
 MOST_W = 2000.0
@@ -34,24 +34,13 @@ class _Card(CounterSensor):
             return None
 
 
-class Nvml:
+class Nvml(CounterSum):
     """All cards of the machine."""
 
     name: ClassVar[str] = "nvml"
 
     def __init__(self, library: Any, handles: list[Any], u_rel: float | None) -> None:
-        self.kind = Kind.MEASURED
-        self.scope = Scope.GPU_BOARD
-        self.cumulative = True
-        self.idle_w: float | None = None
-        self.u_rel = u_rel
-        self.flags: tuple[str, ...] = ()
-        self._cards = [_Card(library, handle) for handle in handles]
-
-    @property
-    def breaks(self) -> int:
-        """Resets of any card's counter."""
-        return sum(card.breaks for card in self._cards)
+        super().__init__(Scope.GPU_BOARD, [_Card(library, handle) for handle in handles], u_rel)
 
     @classmethod
     def probe(cls, profile: DeviceProfile, root: Path, library: Any = None) -> Self | None:
@@ -73,12 +62,6 @@ class Nvml:
         except library.NVMLError:
             return None
         return sensor if count and sensor.joules(0.0) is not None else None
-
-    def joules(self, now_s: float) -> float | None:
-        """Return joules since opened; `None` while a card does not answer."""
-        each = [card.joules(now_s) for card in self._cards]
-        known = [joules for joules in each if joules is not None]
-        return sum(known) if len(known) == len(each) else None
 
 
 SENSOR = Nvml

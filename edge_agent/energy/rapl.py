@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from edge_agent.energy.files import NumberFile, text_of
-from edge_agent.energy.sensor import CounterSensor, relative_error
-from foundation.energy import Kind, Scope
+from edge_agent.energy.sensor import CounterSensor, CounterSum, relative_error
+from foundation.energy import Scope
 from foundation.profile import DeviceProfile
 
 FOLDER = "sys/class/powercap"
@@ -37,25 +37,14 @@ class _Zone(CounterSensor):
         return self._file.read()
 
 
-class Rapl:
+class Rapl(CounterSum):
     """The sum of the zones that may be added."""
 
     name: ClassVar[str] = "rapl"
 
     def __init__(self, zones: list[Path], scope: Scope, u_rel: float | None) -> None:
-        self.kind = Kind.MEASURED
-        self.scope = scope
-        self.cumulative = True
-        self.idle_w: float | None = None
-        self.u_rel = u_rel
-        self.flags: tuple[str, ...] = ()
+        super().__init__(scope, [_Zone(folder) for folder in zones], u_rel)
         self.folders = zones
-        self._zones = [_Zone(folder) for folder in zones]
-
-    @property
-    def breaks(self) -> int:
-        """Resets of any zone."""
-        return sum(zone.breaks for zone in self._zones)
 
     @classmethod
     def probe(cls, profile: DeviceProfile, root: Path) -> Self | None:
@@ -67,12 +56,6 @@ class Rapl:
             if chosen and all(NumberFile(folder / "energy_uj").read() is not None for folder in chosen):
                 return cls(chosen, scope, relative_error(profile, cls.name))
         return None
-
-    def joules(self, now_s: float) -> float | None:
-        """Return joules since opened; `None` while a zone does not answer, what it misses comes later."""
-        each = [zone.joules(now_s) for zone in self._zones]
-        known = [joules for joules in each if joules is not None]
-        return sum(known) if len(known) == len(each) else None
 
 
 def zones_of(root: Path) -> dict[Path, str]:

@@ -69,7 +69,6 @@ class _Sensor(ABC):
         self.idle_w: float | None = None
         self.u_rel: float | None = None
         self.flags: tuple[str, ...] = ()
-        self.breaks = 0
 
 
 class PowerSensor(_Sensor):
@@ -77,6 +76,7 @@ class PowerSensor(_Sensor):
 
     def __init__(self, scope: Scope, kind: Kind = Kind.MEASURED) -> None:
         super().__init__(kind, scope)
+        self.breaks = 0
         self._joules = 0.0
         self._last: tuple[float, float] | None = None
 
@@ -105,6 +105,7 @@ class CounterSensor(_Sensor):
         """Take the counter's unit, its range (`None`: unknown, so no wrap is believed) and the most watts."""
         super().__init__(Kind.MEASURED, scope)
         self.cumulative = True
+        self.breaks = 0
         self._unit_j = joules_per_count
         self._range = range_counts
         self._max_w = max_w
@@ -142,6 +143,27 @@ class CounterSensor(_Sensor):
             return None
         wrapped = count + self._range - before
         return wrapped if 0 <= wrapped * self._unit_j <= self._max_w * seconds else None
+
+
+class CounterSum(_Sensor):
+    """Several counters that may be added: packages and their memory, the cards of a machine."""
+
+    def __init__(self, scope: Scope, counters: Sequence[CounterSensor], u_rel: float | None) -> None:
+        super().__init__(Kind.MEASURED, scope)
+        self.cumulative = True
+        self.u_rel = u_rel
+        self._counters = counters
+
+    @property
+    def breaks(self) -> int:
+        """Resets of any of them."""
+        return sum(counter.breaks for counter in self._counters)
+
+    def joules(self, now_s: float) -> float | None:
+        """Return joules since opened; `None` while one does not answer: what it misses comes later."""
+        each = [counter.joules(now_s) for counter in self._counters]
+        known = [joules for joules in each if joules is not None]
+        return sum(known) if len(known) == len(each) else None
 
 
 def entry_of(profile: DeviceProfile, name: str) -> SensorEntry | None:
