@@ -171,8 +171,8 @@ def _share(row: Row, base: Row, name: str) -> float:
 
 
 def _round(tables: Tables) -> Iterator[Bar]:
-    for width, wanted in ((64, 35.0), (128, 50.0)):
-        title = COST.format("pathological:2", width)
+    for split, width, wanted in ((SPLITS[0], 64, 35.0), (SPLITS[1], 64, 35.0), (SPLITS[0], 128, 50.0)):
+        title = COST.format(split, width)
         base, plain = _row(tables, title, "fedavg"), _row(tables, title, "pfl_tpp, lean")
         small = _row(tables, title, "pfl_tpp, lean, int8")
         if base is None or plain is None or small is None:
@@ -180,7 +180,8 @@ def _round(tables: Tables) -> Iterator[Bar]:
         cpu = _share(plain, base, "cpu_s")
         sizes = _share(plain, base, "bytes"), _share(small, base, "bytes")
         yield Bar(
-            f"a round of `pfl_tpp` lean against `fedavg`, width {width} (CPU; bytes as float32; as int8)",
+            f"a round of `pfl_tpp` lean against `fedavg`, {split}, width {width}"
+            " (CPU; bytes as float32; as int8)",
             f"−{wanted:.0f} %; −60 %; −80 %",
             "; ".join(f"{-saved + 0.0:+.0f} %".replace("-", "−") for saved in (cpu, *sizes)),
             cpu >= wanted and sizes[0] >= 60 and sizes[1] >= 80,

@@ -23,9 +23,9 @@ def hold_little() -> None:
 
     All threads share one pool of memory, where glibc would keep one for each: an agent trains in one thread
     at a time, so they do not wait for one another. oneDNN, where torch computes with it (not on x86, see
-    foundation/nn), keeps a kernel for every shape it has met, 1,024 of them, and pruning meets new shapes all
-    the time: 64 are more than a step needs. Both together took 8 MB off a training agent here. What the
-    environment says already stands.
+    foundation/nn/kernels.py), keeps a kernel for every shape it has met, 1,024 of them, and pruning meets
+    new shapes all the time: 64 are more than a step needs. Both together took 8 MB off a training agent here.
+    What the environment says already stands.
     """
     mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -25,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foundation.nn import kernels
 from foundation.parameters import Array, Layout
+
+kernels.choose()
 
 HEAD = "head/"
 BIAS = ".bias"

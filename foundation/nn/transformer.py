@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foundation.nn import kernels
 from foundation.spec import ModelSpec
+
+kernels.choose()
 
 
 class Linear(nn.Linear):
