@@ -17,6 +17,7 @@ from edge_agent.energy.meter import Meter
 from edge_agent.memory import hold_little
 from edge_agent.settings import AgentSettings
 from edge_agent.stream import StreamRecorder
+from edge_agent.traffic import InterfaceMeter
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
 from foundation.lock import hold
@@ -92,6 +93,7 @@ async def _run(s: AgentSettings) -> None:
             profile=profile.id,
             threads=s.threads or profile.agent.threads_of(os.cpu_count() or 1),
             load_data=partial(load_data, s.data, data_dir, s.vault / "stream"),
+            interface=InterfaceMeter(s.mqtt.host, s.mqtt.port),
             recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
         )
         task = asyncio.ensure_future(agent.run())

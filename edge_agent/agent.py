@@ -30,6 +30,7 @@ from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving.child import ServingChild
 from edge_agent.settings import AgentSettings
+from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
@@ -158,11 +159,13 @@ class Agent:
         retry_s: float = RETRY_S,
         training: Executor | None = None,
         carry_out: CarryOut | None = None,
+        interface: InterfaceMeter | None = None,
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
         Without it the agent has one thread for all training, at low priority: everything else on the
         device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
+        `interface` counts the bytes of the way to the broker.
         """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
@@ -176,6 +179,7 @@ class Agent:
         )
         self._training = training or self._owned
         self._carry_out = carry_out
+        self._interface = interface
         self._seen_run: str | None = None
         self._data: LocalData | None = None
         self._problem: str | None = None
@@ -444,6 +448,7 @@ class Agent:
         give_back()  # exporting starts from a smaller peak
         artifact, problem = self._exported(a, spec, data, outcome, spent)
         delivered, self._delivered_bytes = self._delivered_bytes, 0
+        traffic = self._interface.take() if self._interface else None
         update = Update(
             run=a.run,
             round=a.round,
@@ -454,6 +459,9 @@ class Agent:
             ledger=dict(self.meter.take()),
             received_bytes=job.wire_bytes,
             sent_bytes=delivered,
+            interface=traffic.interface if traffic else None,
+            interface_received_bytes=traffic.received if traffic else None,
+            interface_sent_bytes=traffic.sent if traffic else None,
             artifact=artifact,
             problem=problem,
             parameters=to_send(outcome.parameters, outcome.extra, sent, a.work),

@@ -21,6 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from edge_agent.energy.board import PI_BITS, throttle_bits
 from edge_agent.energy.files import NumberFile, text_of
 from edge_agent.energy.ina3221 import rails_of
 from edge_agent.energy.inline_ina import meters_of
@@ -226,11 +227,11 @@ def _heat(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
             else ""
         )
         yield Finding("heat", "note" if hot else "good", f"{max(degrees):.0f} °C of {limit:.0f}", mend)
-    bits = text_of(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
-    if bits:
-        now = int(bits, 16) & 0xF
+    bits = throttle_bits(text_of(root / PI_BITS) or "")
+    if bits is not None:
+        now = bits & 0xF
         says = "throttled or under-voltage now" if now else "not throttled now"
-        yield Finding("throttling", "bad" if now else "good", f"{says} (0x{int(bits, 16):x})",
+        yield Finding("throttling", "bad" if now else "good", f"{says} (0x{bits:x})",
                       "a better supply or cable, or cooling" if now else "")  # fmt: skip
 
 

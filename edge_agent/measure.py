@@ -108,6 +108,9 @@ def _row(meter: Meter) -> dict[str, Any]:
         "joules": reading.joules,
         "joules_uncertainty": reading.uncertainty_joules,
         "idle_joules": reading.idle_joules,
+        "net_joules": reading.net_joules,
+        "net_joules_uncertainty": reading.net_uncertainty_joules,
+        "process_joules": reading.process_joules,
         "seconds": reading.seconds,
         "coverage": reading.coverage,
         "flags": list(reading.flags),
@@ -127,7 +130,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("source", "kind", "scope"):
         table.add_column(name, no_wrap=True, min_width=8)
-    for name in ("W", "±", "J", "± ", "idle", "s", "seen"):
+    for name in ("W", "±", "J", "± ", "idle", "above", "s", "seen"):
         table.add_column(name, justify="right")
     table.add_column("remarks")
     for number, row in enumerate(rows):
@@ -140,6 +143,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             _figure(row["joules"]),
             _figure(row["joules_uncertainty"]),
             _figure(row["idle_joules"]),
+            _figure(row["net_joules"]),
             f"{row['seconds']:.0f}",
             f"{row['coverage']:.0%}",
             ", ".join(row["flags"]),

@@ -62,7 +62,18 @@ class EnergyReading(Frozen):
     """Share of the window that the sensor saw."""
     uncertainty_joules: float | None = None
     """Half-width of the error bar at k = 2."""
+    net_uncertainty_joules: float | None = None
+    """The same for what is above idle; narrower where one sensor measured both, as its gain is common."""
+    process_joules: float | None = None
+    """The agent's own part of what is above idle, by its share of the busy CPU time; idle is not divided."""
     flags: tuple[str, ...] = ()
+
+    @property
+    def net_joules(self) -> float | None:
+        """What is above idle, never below 0; `None` when one of the two is unknown."""
+        if self.joules is None or self.idle_joules is None:
+            return None
+        return max(0.0, self.joules - self.idle_joules)
 
     def __add__(self, other: EnergyReading) -> EnergyReading:
         """Add two windows of one device: measured and modelled make mixed; two scopes are an error.
@@ -87,6 +98,8 @@ class EnergyReading(Frozen):
             sensor=self.sensor if self.sensor == other.sensor else "several",
             coverage=min(1.0, seen / seconds) if seconds else 0.0,
             uncertainty_joules=_sum(self.uncertainty_joules, other.uncertainty_joules),
+            net_uncertainty_joules=_sum(self.net_uncertainty_joules, other.net_uncertainty_joules),
+            process_joules=_sum(self.process_joules, other.process_joules),
             flags=tuple(dict.fromkeys((*self.flags, *other.flags))),
         )
 

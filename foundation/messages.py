@@ -93,6 +93,11 @@ class Update(Frozen):
     received_bytes: int = 0
     sent_bytes: int = 0
     """Of the update before this one, as delivered; its seconds are in this ledger, under `send`."""
+    interface: str | None = None
+    """The network interface towards the broker; its counters are those of all programs of the device."""
+    interface_received_bytes: int | None = Field(None, ge=0)
+    interface_sent_bytes: int | None = Field(None, ge=0)
+    """Since the update before this one, headers and repeats included; `None` when nobody knows."""
     artifact: Manifest | None = None
     problem: str | None = Field(None, max_length=2000)
     """What went wrong beside the training, such as an export that could not be proven."""

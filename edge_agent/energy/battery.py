@@ -14,6 +14,8 @@ from foundation.energy import Scope
 from foundation.profile import DeviceProfile
 
 FOLDER = "sys/class/power_supply"
+FILTER_S = 30.0
+"""Firmware averages over up to this long."""
 FILTERED = 0.10
 """Error bar at k = 2, where the profile says nothing."""
 
@@ -25,6 +27,7 @@ class Battery(PowerSensor):
 
     def __init__(self, root: Path) -> None:
         super().__init__(Scope.BOARD_DC)
+        self.delay_s = FILTER_S / 2
         self._root = root
 
     @classmethod

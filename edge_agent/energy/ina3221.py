@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from edge_agent.energy.files import NumberFile, text_of
-from edge_agent.energy.sensor import PowerSensor, entry_of, number_of, relative_error
+from edge_agent.energy.sensor import PowerSensor, entry_of, half_step, number_of, relative_error
 from foundation.energy import Scope
 from foundation.profile import DeviceProfile
 
 PLACES = ("sys/bus/i2c/devices/*", "sys/bus/i2c/drivers/ina3221/*", "sys/bus/i2c/drivers/ina3221x/*")
 LOOK_AGAIN_S = 10.0
+AVERAGED_S = 0.2
+"""The chip averages up to 1,024 conversions; what it was set to is not shown everywhere, so we take this."""
 PARTS_EVERY = 50
 """Reads between two looks at the parts: a register takes half a millisecond over I2C."""
 SLACK = 1.05
@@ -78,6 +80,7 @@ class Ina3221(PowerSensor):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(scope)
+        self.delay_s = AVERAGED_S / 2
         self._root, self._labels, self._most_w, self._clock = root, labels, most_w, clock
         self._rails = rails_of(root)
         self._looked_s = clock()
@@ -93,6 +96,7 @@ class Ina3221(PowerSensor):
         most = number_of(profile, cls.name, "max_w") or (TOO_MUCH * full if full else None)
         sensor = cls(root, entry.labels, entry.scope or Scope.MODULE, most_w=most)
         sensor.u_rel = relative_error(profile, cls.name)
+        sensor.offset_w = half_step(profile, cls.name)
         return sensor if sensor.watts() is not None else None
 
     def watts(self) -> float | None:

@@ -2,23 +2,29 @@
 
 A reading is a window of a cumulative count, not a guess afterwards: the sensor is read at a steady rate
 and once more at every edge of a stage, and between two reads the power is taken as constant. Stages are
-cut from that one stream, so they add up to the total.
+cut from that one stream, so they add up to the total. Beside the joules stand what the idle device would
+have used, this process's share of the rest, error bars, and what happened to the board meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from edge_agent.energy.board import Board
+from edge_agent.energy.container import busy_is_hidden, in_container
+from edge_agent.energy.idle import IdleBaseline
 from edge_agent.energy.sensor import EnergySensor, find_sensors
-from edge_agent.energy.utilisation import ProcessShare
+from edge_agent.energy.track import Share, Track
+from edge_agent.energy.uncertainty import PUBLISHED_IDLE, REPEATED_IDLE, Errors, Idle
+from edge_agent.energy.utilisation import CpuShare, ProcessShare
 from foundation.energy import EnergyReading, Kind, Ledger, Scope, Stage
 from foundation.errors import SettingsError
 from foundation.profile import DeviceProfile
@@ -27,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 _GAP_PERIODS = 5
 """Samples further apart than this many periods do not say what happened between them."""
-_WATTS_S = 1.0
-"""The present power is the mean over about this long."""
+_SUSPENDED_S = 0.5
+"""The clock that counts sleep ran ahead by so much: the machine was suspended."""
+LOOK_AGAIN_S = 10.0
+"""How often a sensor that was lost is looked for."""
 
 
 class Meter:
@@ -45,34 +53,52 @@ class Meter:
         *,
         rate_hz: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        asleep: Callable[[], float] | None = None,
         share: Literal["device", "process"] = "device",
         agents_on_host: int = 1,
         base: Stage = Stage.IDLE,
         root: Path = Path("/"),
         threaded: bool = True,
+        cpu: CpuShare | None = None,
+        baseline: IdleBaseline | None = None,
     ) -> None:
         """Take the sensors to use, best first (default: those of the profile that are here).
 
         The first one counts. A later one that models the same scope fills the holes of the first. With
         `share="process"` the idle power is divided by `agents_on_host` and what is above it is charged by
-        CPU share. Without `threaded` nobody samples but the edges and whoever calls `sample`.
+        CPU share. Without `threaded` nobody samples but the edges and whoever calls `sample`. `asleep`
+        returns the seconds that this machine has been suspended (default: the kernel's, with the default
+        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests.
         """
         if rate_hz <= 0 or agents_on_host < 1:
             raise SettingsError("the meter needs rate_hz above 0 and agents_on_host of at least 1")
-        found = find_sensors(profile, root) if sensors is None else sensors
+        found = list(find_sensors(profile, root) if sensors is None else sensors)
+        self._probe = _prober(profile, root, found[0]) if sensors is None and found else None
+        self._published = bool(found) and _give_published_idle(found[0], profile)
         if share == "process":
             u_rel = profile.model.relative_net if profile.model else None
             found = [ProcessShare(sensor, agents_on_host, u_rel=u_rel) for sensor in found]
+            self._probe = None  # a share goes on from its own sums
         self._period_s = 1.0 / rate_hz
         gap_s = _GAP_PERIODS * self._period_s
-        self._main = _Track(found[0], gap_s) if found else None
+        self._main = Track(found[0], gap_s) if found else None
         filler = next((s for s in found[1:] if s.kind is Kind.MODELLED and s.scope is found[0].scope), None)
-        self._filler = _Track(filler, gap_s) if filler else None
+        self._filler = Track(filler, gap_s) if filler else None
+        self._shared = bool(found) and isinstance(found[0], ProcessShare)
+        uncounted = self._shared or not found or busy_is_hidden(root)
+        self._cpu = cpu or (None if uncounted else CpuShare())
+        self._baseline = baseline or IdleBaseline()
+        self._board = Board(root)
+        self._host_scope = in_container(root)
         self._clock = clock
+        self._asleep = asleep or (_suspended_seconds if clock is time.monotonic else lambda: 0.0)
+        self._slept_s = 0.0
         self._base = base
         self._open: list[_Open] = []
         self._seconds: dict[Stage, float] = {}
+        self._flags: dict[Stage, set[str]] = {}
         self._then_s: float | None = None
+        self._looked_s = 0.0
         self._taken_j: float | None = 0.0
         self._lock = threading.RLock()
         self._threaded = threaded
@@ -125,8 +151,11 @@ class Meter:
             if self._then_s is not None:
                 raise RuntimeError("the meter runs already")
             self._then_s = self._clock()
+            self._slept_s = self._asleep()
             for track in self._tracks():
                 track.open(self._then_s)
+            if self._cpu is not None:
+                self._cpu.read(self.current, 0.0)
             self._stopping = threading.Event()
             if self._threaded:
                 self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
@@ -147,19 +176,19 @@ class Meter:
         """Let `stage` own the time while this is open, unless another is opened inside or beside it."""
         mine = _Open(stage)
         with self._lock:
-            self.sample()
+            self._edge()
             self._open.append(mine)
         try:
             yield
         finally:
             with self._lock:
-                self.sample()
+                self._edge()
                 self._open.remove(mine)
 
     def switch(self, stage: Stage) -> None:
         """Set the base stage, which owns the time when no stage is open."""
         with self._lock:
-            self.sample()
+            self._edge()
             self._base = stage
 
     def sample(self) -> None:
@@ -172,8 +201,15 @@ class Meter:
             self._then_s = now
             stage = self.current
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
+            slept, self._slept_s = self._slept_s, self._asleep()
+            suspended = self._slept_s - slept > _SUSPENDED_S
             for track in self._tracks():
-                track.read(now, stage, elapsed)
+                track.read(now, stage, elapsed, broken=suspended)
+            if suspended:
+                self._flag(stage, "suspend")
+            if elapsed > 0:
+                self._rest(stage, elapsed)
+            self._look_again(now)
 
     def take(self) -> Ledger:
         """Return readings by stage since the last take and begin a new window; open stages go on."""
@@ -181,14 +217,17 @@ class Meter:
             ledger = self.peek()
             self._taken_j = _plus(self._taken_j, ledger)
             self._seconds.clear()
+            self._flags.clear()
             for track in self._tracks():
                 track.clear()
+            if self._cpu is not None:
+                self._cpu.clear()
             return ledger
 
     def peek(self) -> Ledger:
         """Return readings by stage since the last take, and go on."""
         with self._lock:
-            self.sample()
+            self._edge()
             return {stage: self._reading(stage, s) for stage, s in self._seconds.items() if s > 0}
 
     def watts(self) -> float | None:
@@ -196,8 +235,42 @@ class Meter:
         with self._lock:
             return self._main.watts(self._clock()) if self._main else None
 
-    def _tracks(self) -> list[_Track]:
+    def _tracks(self) -> list[Track]:
         return [track for track in (self._main, self._filler) if track is not None]
+
+    def _edge(self) -> None:
+        """Sample, and note for the stage that ends here what happened to the board in it."""
+        self.sample()
+        for flag in self._board.flags():
+            self._flag(self.current, flag)
+
+    def _flag(self, stage: Stage, flag: str) -> None:
+        self._flags.setdefault(stage, set()).add(flag)
+
+    def _rest(self, stage: Stage, elapsed: float) -> None:
+        """Count CPU times, and measure the idle power if this device rests."""
+        busy = None if self._cpu is None else self._cpu.read(stage, elapsed)
+        main = self._main
+        if main is None or self._shared or main.sensor.kind is not Kind.MEASURED:
+            return
+        joules = None if main.latest_w is None else main.latest_w * elapsed
+        self._baseline.add(stage, elapsed, joules, busy)
+        if self._baseline.idle is not None:
+            main.sensor.idle_w = self._baseline.idle.watts
+
+    def _look_again(self, now: float) -> None:
+        """Look for a sensor that was lost: its driver may be back, under another number."""
+        main = self._main
+        if main is None or main.failing_s is None or self._probe is None:
+            return
+        if now - max(main.failing_s, self._looked_s) < LOOK_AGAIN_S:
+            return
+        self._looked_s = now
+        found = self._probe()
+        if found is not None:
+            logger.info("energy sensor found again", extra={"sensor": found.name})
+            found.idle_w = main.sensor.idle_w
+            main.replace(found)
 
     def _run(self) -> None:
         started = time.thread_time()
@@ -208,27 +281,103 @@ class Meter:
 
     def _reading(self, stage: Stage, seconds: float) -> EnergyReading:
         if self._main is None:
-            return EnergyReading(seconds=seconds)
-        sensor, joules = self._main.sensor, self._main.joules.get(stage, 0.0)
-        seen = min(self._main.seen.get(stage, 0.0), seconds)
+            return EnergyReading(seconds=seconds, flags=tuple(sorted(self._flags.get(stage, ()))))
+        sensor, share = self._main.sensor, self._main.shares.get(stage) or Share()
+        seen = min(share.seen_s, seconds)
         hole = seconds - seen
         if hole <= 1e-9 * seconds:  # rounding of the additions
             seen, hole = seconds, 0.0
         fill = _Fill(0.0, 0.0) if hole == 0 else self._fill(stage, hole, seen)
         known = fill is not None
-        idle = sensor.idle_w * seconds if known and sensor.idle_w is not None else None
-        bars = None if fill is None or sensor.u_rel is None else sensor.u_rel * joules + fill.uncertainty
+        joules = None if fill is None else share.joules + fill.joules
+        idle = self._idle() if known else None
+        gross, net = self._error_bars(share, seen, seconds, joules, fill, idle)
         return EnergyReading(
-            joules=None if fill is None else joules + fill.joules,
-            idle_joules=idle,
+            joules=joules,
+            idle_joules=None if idle is None else idle.watts * seconds,
             seconds=seconds,
             kind=_kind(sensor.kind, seen / seconds) if known else Kind.NONE,
             scope=sensor.scope,
             sensor=sensor.name,
             coverage=seen / seconds,
-            uncertainty_joules=bars,
-            flags=(*sensor.flags, *(() if hole == 0 else ("gap_filled",) if known else ("gap",))),
+            uncertainty_joules=gross,
+            net_uncertainty_joules=net,
+            process_joules=self._own(stage, seconds, joules, idle),
+            flags=(*sensor.flags, *self._happened(stage, seconds, joules, hole, idle)),
         )
+
+    def _idle(self) -> Idle | None:
+        """Return the idle power by the best that is known: measured here, the sensor's own, published."""
+        assert self._main is not None
+        if self._baseline.idle is not None:
+            return self._baseline.idle
+        watts, kind = self._main.sensor.idle_w, self._main.sensor.kind
+        if watts is None:
+            return None
+        error = PUBLISHED_IDLE * watts if self._published else 0.0 if kind is Kind.MODELLED else None
+        return Idle(watts, REPEATED_IDLE * watts if error is None else error, same_sensor=not self._published)
+
+    def _error_bars(
+        self,
+        share: Share,
+        seen: float,
+        seconds: float,
+        joules: float | None,
+        fill: _Fill | None,
+        idle: Idle | None,
+    ) -> tuple[float | None, float | None]:
+        assert self._main is not None
+        sensor = self._main.sensor
+        if fill is None or joules is None or sensor.u_rel is None:
+            return None, None
+        errors = Errors(
+            gain=sensor.u_rel,
+            offset_j=sensor.offset_w * seen,
+            sampling_j=share.spread.error(seen),
+            edges_j=math.sqrt(share.edges),
+            filled_j=fill.uncertainty,
+        )
+        gross = errors.gross(share.joules)
+        if idle is None:
+            return gross, None
+        if sensor.u_rel_net is not None:  # a model: what it says of the joules above idle
+            above = max(0.0, joules - idle.watts * seconds)
+            return gross, math.hypot(sensor.u_rel_net * above, fill.uncertainty)
+        return gross, errors.net(joules, seconds, idle)
+
+    def _own(self, stage: Stage, seconds: float, joules: float | None, idle: Idle | None) -> float | None:
+        """Return this process tree's part of what is above idle."""
+        if joules is None or idle is None:
+            return None
+        above = max(0.0, joules - idle.watts * seconds)
+        if self._shared:
+            return above
+        part = None if self._cpu is None else self._cpu.of(stage)
+        return None if part is None else part * above
+
+    def _happened(
+        self, stage: Stage, seconds: float, joules: float | None, hole: float, idle: Idle | None
+    ) -> list[str]:
+        """Return what a reader of this reading should know."""
+        assert self._main is not None
+        flags = self._flags.get(stage, set()) | self._share_flags(stage)
+        if hole:
+            flags = flags | {"gap" if joules is None else "gap_filled"}
+        if self._host_scope and self.kind is Kind.MEASURED:
+            flags = flags | {"host_scope"}
+        if idle is not None and joules is not None:
+            if joules < idle.watts * seconds * (1 - 1e-6):
+                flags = flags | {"net_clamped"}
+            if not idle.same_sensor:
+                flags = flags | {"idle_published"}
+            if self._baseline.drifted:
+                flags = flags | {"idle_drift"}
+        return sorted(flags)
+
+    def _share_flags(self, stage: Stage) -> set[str]:
+        assert self._main is not None
+        share = self._main.shares.get(stage)
+        return share.flags if share is not None else set()
 
     def _fill(self, stage: Stage, hole: float, seen: float) -> _Fill | None:
         """Return joules for the seconds the sensor did not see; `None` if nobody can say.
@@ -236,12 +385,13 @@ class Meter:
         A model of the same scope fills any hole. Without one, a hole of at most a tenth is taken to be
         like the rest of its stage, with an error bar as large as itself.
         """
-        if self._filler is not None and self._filler.seen.get(stage, 0.0) > 0:
+        modelled = self._filler.shares.get(stage) if self._filler is not None else None
+        if self._filler is not None and modelled is not None and modelled.seen_s > 0:
             u_rel = self._filler.sensor.u_rel
-            joules = self._filler.joules[stage] / self._filler.seen[stage] * hole
+            joules = modelled.joules / modelled.seen_s * hole
             return _Fill(joules, joules * (1.0 if u_rel is None else u_rel))
         if self._main is not None and seen >= 9 * hole:
-            joules = self._main.joules[stage] / seen * hole
+            joules = self._main.shares[stage].joules / seen * hole
             return _Fill(joules, joules)
         return None
 
@@ -261,95 +411,26 @@ class _Fill:
     uncertainty: float
 
 
-class _Track:
-    """One sensor's stream: its joules shared out over the stages that had the time between two reads."""
-
-    def __init__(self, sensor: EnergySensor, gap_s: float) -> None:
-        self.sensor = sensor
-        self.joules: dict[Stage, float] = {}
-        self.seen: dict[Stage, float] = {}
-        self._gap_s = gap_s
-        self._unread: dict[Stage, float] = {}
-        self._last: _Point | None = None
-        self._recent: deque[_Point] = deque()
-        self._failing = False
-
-    def open(self, now: float) -> None:
-        """Read for the first time; what was before is not of interest."""
-        self._unread.clear()
-        self._recent.clear()
-        self._last = self._point(now)
-
-    def clear(self) -> None:
-        """Forget the sums and go on from the last good read."""
-        self.joules.clear()
-        self.seen.clear()
-        self._unread.clear()
-
-    def read(self, now: float, stage: Stage, elapsed: float) -> None:
-        """Give `elapsed` seconds to `stage`, and all time since the last good read its joules."""
-        self._unread[stage] = self._unread.get(stage, 0.0) + elapsed
-        if self._last is not None and now == self._last.time_s:
-            return  # two edges at one moment: no time to share joules over
-        point = self._point(now)
-        if point is None:
-            return  # the next good read decides about this time
-        last, self._last = self._last, point
-        spans, self._unread = self._unread, {}
-        if last is None or not self._joined(last, point):
-            self._recent.clear()
-        else:
-            watts = (point.joules - last.joules) / (point.time_s - last.time_s)
-            for owner, seconds in spans.items():
-                self.joules[owner] = self.joules.get(owner, 0.0) + watts * seconds
-                self.seen[owner] = self.seen.get(owner, 0.0) + seconds
-        self._remember(point)
-
-    def watts(self, now: float) -> float | None:
-        """Return the mean power of the recent reads; `None` without two that are recent."""
-        if len(self._recent) < 2 or now - self._recent[-1].time_s > self._gap_s:
-            return None
-        first, last = self._recent[0], self._recent[-1]
-        return (last.joules - first.joules) / (last.time_s - first.time_s)
-
-    def _point(self, now: float) -> _Point | None:
-        try:
-            joules = self.sensor.joules(now)
-        except Exception:
-            # A sensor promises not to raise; one that does must not take the training down with it.
-            if not self._failing:
-                logger.exception("energy sensor raised", extra={"sensor": self.sensor.name})
-            joules = None
-            self._failing = True
-        if joules is None:
-            if not self._failing:
-                logger.warning("energy sensor does not answer", extra={"sensor": self.sensor.name})
-            self._failing = True
-            return None
-        if self._failing:
-            logger.info("energy sensor answers again", extra={"sensor": self.sensor.name})
-        self._failing = False
-        return _Point(now, joules, self.sensor.breaks)
-
-    def _joined(self, last: _Point, point: _Point) -> bool:
-        """Whether the joules between two reads are all the joules of the time between them."""
-        seconds = point.time_s - last.time_s
-        near = self.sensor.cumulative or seconds <= self._gap_s
-        return seconds > 0 and near and point.breaks == last.breaks and point.joules >= last.joules
-
-    def _remember(self, point: _Point) -> None:
-        self._recent.append(point)
-        while len(self._recent) > 2 and point.time_s - self._recent[1].time_s >= _WATTS_S:
-            self._recent.popleft()
+def _prober(profile: DeviceProfile, root: Path, sensor: EnergySensor) -> Callable[[], EnergySensor | None]:
+    """Return what finds a sensor of the same class anew."""
+    return lambda: type(sensor).probe(profile, root)
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A good read: cumulative joules at a time, and how often the count was broken until then."""
+def _give_published_idle(sensor: EnergySensor, profile: DeviceProfile) -> bool:
+    """Let a measuring sensor start from the profile's idle power of the same scope, if there is one."""
+    if sensor.kind is not Kind.MEASURED or sensor.idle_w is not None:
+        return False
+    for key, number in profile.power.items():
+        if key.startswith("idle_w") and number.scope is sensor.scope and isinstance(number.v, float):
+            sensor.idle_w = number.v
+            return True
+    return False
 
-    time_s: float
-    joules: float
-    breaks: int
+
+def _suspended_seconds() -> float:
+    """Return the seconds that this machine has slept, which one of its clocks counts and one does not."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return 0.0 if clock is None else time.clock_gettime(clock) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def _kind(kind: Kind, coverage: float) -> Kind:

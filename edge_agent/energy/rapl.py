@@ -16,6 +16,8 @@ from foundation.energy import Scope
 from foundation.profile import DeviceProfile
 
 FOLDER = "sys/class/powercap"
+UPDATE_S = 0.001
+"""The counters move about a thousand times a second."""
 MOST_W = 1000.0
 """No package draws more: a counter that fell by more than this explains was reset, and has not wrapped."""
 
@@ -44,6 +46,7 @@ class Rapl(CounterSum):
 
     def __init__(self, zones: list[Path], scope: Scope, u_rel: float | None) -> None:
         super().__init__(scope, [_Zone(folder) for folder in zones], u_rel)
+        self.delay_s = UPDATE_S / 2
         self.folders = zones
 
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import resources
@@ -35,7 +36,18 @@ class EnergySensor(Protocol):
     """Watts of the idle device by this very sensor or model; `None` when nobody knows."""
     u_rel: float | None
     """Relative error bar of its joules at k = 2; `None` when nobody knows."""
+    u_rel_net: float | None
+    """The same for its joules above idle, where that is known apart from `u_rel` (a model's)."""
+    offset_w: float
+    """Error of each of its watts that does not grow with them, at k = 2: half a step of its converter."""
+    delay_s: float
+    """How late it shows a change: half of the window that it averages over."""
     flags: tuple[str, ...]
+
+    @property
+    def sampled_w(self) -> float | None:
+        """Watts of the last read; `None` for a counter, which misses nothing between two reads."""
+        ...
 
     @property
     def name(self) -> str:
@@ -68,6 +80,10 @@ class _Sensor(ABC):
         self.cumulative = False
         self.idle_w: float | None = None
         self.u_rel: float | None = None
+        self.u_rel_net: float | None = None
+        self.offset_w = 0.0
+        self.delay_s = 0.0
+        self.sampled_w: float | None = None
         self.flags: tuple[str, ...] = ()
 
 
@@ -89,6 +105,7 @@ class PowerSensor(_Sensor):
         watts = self.watts()
         if watts is None or not 0 <= watts < float("inf"):
             return None
+        self.sampled_w = watts
         if self._last is not None and now_s > self._last[0]:
             self._joules += 0.5 * (watts + self._last[1]) * (now_s - self._last[0])
         if self._last is None or now_s >= self._last[0]:
@@ -181,6 +198,11 @@ def number_of(profile: DeviceProfile, name: str, key: str) -> float | None:
 def relative_error(profile: DeviceProfile, name: str) -> float | None:
     """Return the relative error bar (k = 2) that the profile gives for a sensor."""
     return number_of(profile, name, "u_rel")
+
+
+def half_step(profile: DeviceProfile, name: str) -> float:
+    """Return the error (k = 2) of a converter with steps of the profile's `lsb_w`, uniform within a step."""
+    return 2 * (number_of(profile, name, "lsb_w") or 0.0) / math.sqrt(12)
 
 
 def sensor_names() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import psutil
 
 from edge_agent.energy.sensor import EnergySensor
-from foundation.energy import Kind, Scope
+from foundation.energy import Kind, Scope, Stage
 from foundation.profile import DeviceProfile, PowerModel
 
 _WINDOW_S = 0.05
@@ -39,6 +39,9 @@ class Utilisation:
         self.cumulative = True
         self.idle_w: float | None = model.idle_w
         self.u_rel: float | None = model.relative_gross
+        self.u_rel_net: float | None = model.relative_net
+        self.offset_w = self.delay_s = 0.0
+        self.sampled_w: float | None = None
         self.flags: tuple[str, ...] = ("placeholder_model",) if model.basis == "placeholder" else ()
         self.breaks = 0
         self._model = model
@@ -91,8 +94,9 @@ class ProcessShare:
         self.kind: Kind = Kind.MIXED if sensor.kind is Kind.MEASURED else sensor.kind
         self.scope: Scope = sensor.scope
         self.cumulative = sensor.cumulative
-        self.idle_w: float | None = None if sensor.idle_w is None else sensor.idle_w / agents_on_host
         self.u_rel: float | None = sensor.u_rel if u_rel is None else u_rel
+        self.u_rel_net: float | None = self.u_rel
+        self.offset_w, self.delay_s = sensor.offset_w / agents_on_host, sensor.delay_s
         self.flags: tuple[str, ...] = (*sensor.flags, "process_share")
         self.name = sensor.name
         self._sensor = sensor
@@ -102,6 +106,20 @@ class ProcessShare:
         self._sum_j = 0.0
         self._joules = 0.0
         self._base: tuple[float, float, float, float] | None = None
+
+    @property
+    def idle_w(self) -> float | None:
+        """This agent's part of the idle power."""
+        return None if self._sensor.idle_w is None else self._sensor.idle_w / self._agents
+
+    @idle_w.setter
+    def idle_w(self, watts: float | None) -> None:
+        self._sensor.idle_w = None if watts is None else watts * self._agents
+
+    @property
+    def sampled_w(self) -> float | None:
+        """`None`: a share of what was sampled is not a sample."""
+        return None
 
     @property
     def breaks(self) -> int:
@@ -131,6 +149,42 @@ class ProcessShare:
             self._base = now_s, total, busy, own
             self._sum_j = self._joules
         return self._joules
+
+
+class CpuShare:
+    """How busy the machine is, and which part of it is this process tree's, stage by stage."""
+
+    def __init__(
+        self, *, busy: Seconds | None = None, own: Seconds | None = None, cores: int | None = None
+    ) -> None:
+        self._busy = busy or machine_busy_seconds
+        self._own = own or ProcessTree().seconds
+        self._cores = cores or psutil.cpu_count() or 1
+        self._last: tuple[float, float] | None = None
+        self._stages: dict[Stage, tuple[float, float]] = {}
+
+    def read(self, stage: Stage, elapsed: float) -> float | None:
+        """Give the CPU time since the last call to `stage`; return the share of all cores that was busy."""
+        busy, own = self._busy(), self._own()
+        if busy is None or own is None:
+            self._last = None
+            return None
+        last, self._last = self._last, (busy, own)
+        if last is None:
+            return None
+        more_busy, more_own = max(0.0, busy - last[0]), max(0.0, own - last[1])
+        before = self._stages.get(stage, (0.0, 0.0))
+        self._stages[stage] = before[0] + more_busy, before[1] + more_own
+        return more_busy / (self._cores * elapsed) if elapsed > 0 else None
+
+    def of(self, stage: Stage) -> float | None:
+        """Return this process tree's share of the busy CPU time in `stage`; `None` where nobody was busy."""
+        busy, own = self._stages.get(stage, (0.0, 0.0))
+        return _share(own, busy) if max(busy, own) > 0 else None
+
+    def clear(self) -> None:
+        """Begin anew, from the last read on."""
+        self._stages.clear()
 
 
 class ProcessTree:

@@ -55,6 +55,7 @@ LONGEST = {
     "operations": 230,
     "data": 180,
     "architecture": 260,
+    "energy": 200,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

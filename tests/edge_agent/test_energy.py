@@ -8,17 +8,21 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import ClassVar, Self
 
 import pytest
 
-from edge_agent.energy.meter import Meter
+from edge_agent.energy import meter as meter_module
 from edge_agent.energy.sensor import CounterSensor, PowerSensor
 from edge_agent.energy.utilisation import Utilisation
 from foundation.energy import EnergyReading, Kind, Ledger, Scope, Stage, total
 from foundation.errors import SettingsError
 from foundation.profile import DeviceProfile
 
+Meter = partial(meter_module.Meter, root=Path("/nowhere"))
+"""A meter on a board that says nothing of itself."""
 PI = DeviceProfile.load("raspberry-pi-4b")
 UNKNOWN = DeviceProfile.load("unknown-linux")
 
@@ -91,7 +95,7 @@ def model_at(clock: Clock, utilisation: Callable[[float], float]) -> Utilisation
     return Utilisation(PI.model, busy=lambda: 4 * utilisation(clock.now_s - 100.0), cores=4)
 
 
-def run(meter: Meter, clock: Clock, seconds: float, step_s: float = 0.2) -> None:
+def run(meter: meter_module.Meter, clock: Clock, seconds: float, step_s: float = 0.2) -> None:
     """Let time pass and the meter sample at its rate."""
     for _ in range(round(seconds / step_s)):
         clock.now_s += step_s
@@ -121,7 +125,9 @@ def test_a_recorded_trace_gives_its_trapezoid():
     assert reading.scope is Scope.BOARD_DC
     assert reading.coverage == 1
     assert reading.idle_joules == pytest.approx(2.0 * 1.6)
-    assert reading.uncertainty_joules == pytest.approx(0.05 * expected)
+    # the gain's error, and what a board that changes this much may hide between samples
+    assert reading.uncertainty_joules is not None
+    assert 0.05 * expected < reading.uncertainty_joules < expected
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -278,7 +284,7 @@ def test_a_sensor_that_vanishes_is_filled_by_a_model_of_the_same_scope():
     modelled_w = 2.2857 + 4.5344 / 2
     assert reading.coverage == pytest.approx(0.68)
     assert reading.joules == pytest.approx(6.8 * 5.0 + 3.2 * modelled_w)
-    assert reading.uncertainty_joules == pytest.approx(6.8 * 5.0 * 0.05 + 3.2 * modelled_w * 0.3)
+    assert reading.uncertainty_joules == pytest.approx(math.hypot(6.8 * 5.0 * 0.05, 3.2 * modelled_w * 0.3))
     assert reading.kind is Kind.MIXED
     assert reading.flags == ("gap_filled",)
     run(meter, clock, 4)
@@ -317,7 +323,7 @@ def test_a_clock_that_jumps_is_not_integrated_as_measured():
     assert reading.kind is Kind.MIXED
     assert reading.coverage == pytest.approx(36 / 37.5)
     assert reading.joules == pytest.approx(37.5 * 5)
-    assert reading.uncertainty_joules == pytest.approx(0.05 * 180 + 7.5)
+    assert reading.uncertainty_joules == pytest.approx(math.hypot(0.05 * 180, 7.5))
     clock.now_s += 3600
     meter.sample()
     assert meter.take()[Stage.IDLE].joules is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def test_every_source_is_shown_the_one_that_counts_first(capsys: pytest.CaptureF
         assert (first["source"], first["kind"], first["scope"]) == ("ina3221", "measured", "module")
         assert (second["source"], second["kind"]) == ("utilisation", "modelled")
         assert first["joules"] == pytest.approx(5.139392 * first["seconds"], rel=1e-6)
-        assert first["joules_uncertainty"] == pytest.approx(0.05 * first["joules"])
+        step_j = 2 * 0.04 / math.sqrt(12) * first["seconds"]  # half a step of the converter, 40 mW
+        assert first["joules_uncertainty"] == pytest.approx(math.hypot(0.05 * first["joules"], step_j))
     assert lines[1]["sources"][0]["joules"] > lines[0]["sources"][0]["joules"]
 
 
