@@ -200,6 +200,13 @@ def _nvml(root: Path) -> tuple[str, str]:
     return "the driver is there, its library is not", "pip install 'hedgerow[nvml]'"
 
 
+def _tegrastats(root: Path) -> tuple[str, str]:
+    return (
+        "no fresh log",
+        "sudo tegrastats --interval 200 --logfile /run/tegrastats.log, if ina3221 is hidden",
+    )
+
+
 MISSING: dict[str, Callable[[Path], tuple[str, str]]] = {
     "rapl": _rapl,
     "ina3221": _ina3221,
@@ -207,6 +214,7 @@ MISSING: dict[str, Callable[[Path], tuple[str, str]]] = {
     "pi5_pmic": _pmic,
     "battery": _battery,
     "nvml": _nvml,
+    "tegrastats": _tegrastats,
 }
 """Why a sensor is not there, and what would mend it."""
 

@@ -331,6 +331,12 @@ def test_the_firmwares_bits_in_both_forms(text: str, bits: int | None) -> None:
     assert throttle_bits(text) == bits
 
 
+def test_recorded_texts_of_the_firmware() -> None:
+    folder = Path(__file__).parents[1] / "fixtures" / "power" / "vcgencmd"
+    bits = {path.name: throttle_bits(path.read_text()) for path in folder.glob("*.txt")}
+    assert bits == {"throttled.txt": 0x50005, "sysfs.txt": 0x50005, "well.txt": 0}
+
+
 def board(root: Path, bits: str = "0", online: str = "1", count: str = "0") -> Path:
     """Write a board that says something of itself."""
     for name, text in {

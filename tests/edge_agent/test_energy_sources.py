@@ -21,11 +21,14 @@ from edge_agent.energy.nvml import Nvml
 from edge_agent.energy.pi5_pmic import Pi5Pmic
 from edge_agent.energy.rapl import Rapl
 from edge_agent.energy.sensor import EnergySensor, find_sensors
+from edge_agent.energy.tegrastats import LOG, Tegrastats, rails_of
 from foundation.energy import Kind, Scope
 from foundation.profile import DeviceProfile
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "power"
-FIXTURES = sorted(folder.name for folder in FOLDER.iterdir())
+ALL = sorted(folder.name for folder in FOLDER.iterdir())
+FIXTURES = [name for name in ALL if (FOLDER / name / "expect.json").exists()]
+"""Those that are file trees; the others are texts, messages and lines."""
 
 
 class Fixture:
@@ -68,7 +71,7 @@ def on(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("fixture", names, indirect=True)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_fixture_says_where_it_is_from(name: str) -> None:
     assert (FOLDER / name / "SOURCE").read_text().strip()
 
@@ -385,3 +388,47 @@ def test_a_number_file_keeps_one_descriptor_and_gives_it_back(tmp_path: Path) ->
     file.close()
     file.close()
     assert open_descriptors() == before
+
+
+# --- tegrastats ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "watts"), [("r32", 3.056), ("r34", 5.299), ("r39", 5.299)])
+def test_every_form_of_the_line_gives_the_power_of_the_moment(
+    form: str, watts: float, tmp_path: Path
+) -> None:
+    line = (FOLDER / "tegrastats" / f"{form}.txt").read_text()
+    assert set(rails_of(line)) == {"VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"}
+    log = tmp_path / LOG
+    log.parent.mkdir()
+    log.write_text(line)
+    sensor = Tegrastats.probe(DeviceProfile.load("jetson-orin-nano"), tmp_path)
+    assert sensor is not None
+    assert (sensor.watts(), sensor.scope, sensor.u_rel) == (watts, Scope.MODULE, 0.05)
+    log.write_text(
+        line + line.replace("VDD_IN 5299", "VDD_IN 9999").replace("VDD_IN 3056", "VDD_IN 9999")[:-9]
+    )
+    assert sensor.watts() == watts  # a line that is still being written is not read
+    log.write_text(line + "RAM 1/2MB\n")
+    assert sensor.watts() is None
+
+
+def test_a_log_that_nobody_writes_any_more_says_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text((FOLDER / "tegrastats" / "r34.txt").read_text())
+    clock = log.stat().st_mtime + 2.0
+    sensor = Tegrastats(log, {"VDD_IN": "total"}, Scope.MODULE, clock=lambda: clock)
+    assert sensor.watts() == 5.299
+    clock += 2.0
+    assert sensor.watts() is None
+    assert Tegrastats(tmp_path / "none", {"VDD_IN": "total"}, Scope.MODULE).watts() is None
+
+
+def test_a_sum_of_rails_needs_all_of_them(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    labels = {"VDD_GPU_SOC": "total", "VDD_CPU_CV": "total", "VDD_X": "part"}
+    sensor = Tegrastats(log, labels, Scope.RAIL_SUM)
+    log.write_text("VDD_GPU_SOC 3205mW/3205mW VDD_CPU_CV 4405mW/4405mW VDD_X 9mW/9mW\n")
+    assert sensor.watts() == pytest.approx(7.61)
+    log.write_text("VDD_GPU_SOC 3205mW/3205mW\n")
+    assert sensor.watts() is None
