@@ -443,6 +443,77 @@ def compare(
     raise typer.Exit(code)
 
 
+report = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(report, name="report")
+
+
+@report.callback()
+def _report() -> None:
+    """Say what a run cost: `hedgerow report energy`."""
+
+
+@report.command()
+def energy(
+    folder: Annotated[
+        Path, typer.Option(help="Of a coordinator, or of a simulation; it may be in use, nothing is changed.")
+    ] = Path("coordinator-data"),
+    run: Annotated[str | None, typer.Option(help="Name of the run; the newest one if not given.")] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Also: joules until this accuracy, for every device and the mean."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|FOLDER",
+            help="Also: the same devices in another run of the store, or in the newest of another store.",
+        ),
+    ] = None,
+    radio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="KM",
+            help="Also: radiated RF energy of a radio at this distance, modelled; not battery energy.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, every reading included.")
+    ] = False,
+    csv_to: Annotated[
+        Path | None, typer.Option("--csv", metavar="PATH", help="Write a row for every device, round, stage.")
+    ] = None,
+) -> None:
+    """Show joules, seconds and bytes of a run by device, round and stage.
+
+    Joules are measured (a sensor saw them), mixed (a model filled its holes)
+    or modelled (CPU time in a profile's power model), and each has a scope:
+    where the meter sits. Kinds and scopes are never added. ± is the error
+    bar at k = 2. Seconds are always measured.
+
+    Examples:
+
+    hedgerow report energy
+
+    hedgerow report energy --folder /var/lib/hedgerow/coordinator --run greenhouse --csv greenhouse.csv
+
+    hedgerow report energy --run pruned --against dense --accuracy 0.8
+
+    hedgerow report energy --folder run-1 --radio 0.25 --json
+    """
+    from hedgerow.ledger import run_command
+
+    code = run_command(
+        folder,
+        run=run,
+        accuracy=accuracy,
+        against=against,
+        radio_km=radio,
+        as_json=as_json,
+        csv_to=csv_to,
+    )
+    raise typer.Exit(code)
+
+
 @app.command(context_settings=PASS_ON)
 def coordinator(context: typer.Context) -> None:
     """Run the coordinator of a federation: `hedgerow coordinator --config coordinator.toml`."""

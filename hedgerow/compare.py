@@ -28,6 +28,7 @@ from hedgerow.compare_figures import report_of, run_figures
 from hedgerow.compare_plan import REFERENCE, Comparison, comparison_of, run_folder
 from hedgerow.compare_report import ComparisonReport, Failure, RunFigures
 from hedgerow.compare_tables import show
+from hedgerow.files import check_writable, write_whole
 from hedgerow.simulate import Simulation, problems_of, simulate
 from hedgerow.simulate_report import Watch, figures
 
@@ -52,7 +53,7 @@ def run_command(
     console = _console(json_to == "-")
     try:
         for path in (html_to, csv_to, Path(json_to) if json_to and json_to != "-" else None):
-            _check_writable(path)
+            check_writable(path)
         comparison = comparison_of(**fields)
         place = folder or comparison.folder()
         _announce(comparison, place, console)
@@ -162,35 +163,23 @@ def _count(comparison: Comparison) -> int:
     return len(comparison.entries) * len(comparison.seeds)
 
 
-def _check_writable(path: Path | None) -> None:
-    """Raise `SettingsError` before hours of work when a report could not be written after them."""
-    if path is None:
-        return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"is to be in {path.parent}, which does not exist"
-        raise SettingsError(f"{path} {what}: name a file in a folder that exists")
-
-
 def _write(
     report: ComparisonReport, json_to: str | None, html_to: Path | None, csv_to: Path | None, console: Console
 ) -> None:
     if json_to == "-":
         sys.stdout.write(report.model_dump_json() + "\n")
     elif json_to:
-        _replace(Path(json_to), report.model_dump_json() + "\n", console)
+        _save(Path(json_to), report.model_dump_json() + "\n", console)
     if csv_to:
-        _replace(csv_to, csv_text(report), console)
+        _save(csv_to, csv_text(report), console)
     if html_to:
         from hedgerow.compare_page import page  # with jinja2, which nothing else here needs
 
-        _replace(html_to, page(report), console)
+        _save(html_to, page(report), console)
 
 
-def _replace(path: Path, text: str, console: Console) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def _save(path: Path, text: str, console: Console) -> None:
+    write_whole(path, text)
     console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -21,9 +21,12 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 class Blobs:
     """A folder of blobs. Writers and sweepers must hold the store's write lock; readers need nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, make: bool = True) -> None:
+        """Take `folder`, and make it unless it is only to be read."""
         self._folder = folder
         self._new = folder / "new"
+        if not make:
+            return
         try:
             self._new.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -8,6 +8,7 @@ other table. `REVISION` is the migration that leads to these tables; a test hold
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 from pathlib import Path
@@ -150,6 +151,49 @@ def open_engine(folder: Path) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def open_engine_to_read(folder: Path) -> Engine:
+    """Open the database in `folder` and change nothing of it, also while a coordinator writes.
+
+    Raises `StoreError` when there is none, or when it is not at this revision: nobody migrates here.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise StoreError(f"there is no store in {folder}: no file {FILE}")
+    engine = sa.create_engine(
+        URL.create("sqlite", database=path.absolute().as_uri(), query=_reading(path)),
+        connect_args={"timeout": PATIENCE_S, "check_same_thread": False},
+    )
+    sa.event.listen(engine, "connect", _set_up_to_read)
+    sa.event.listen(engine, "begin", _begin)
+    try:
+        with engine.connect() as connection:
+            found = _revision(connection)
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        engine.dispose()
+        raise StoreError(f"the database {path} cannot be read: {error}") from error
+    if found != REVISION:
+        engine.dispose()
+        raise StoreError(
+            f"the database {path} is at revision {found}, this Hedgerow reads {REVISION}: a coordinator of"
+            " this version migrates an older one when it starts, a newer one needs a newer Hedgerow"
+        )
+    return engine
+
+
+def _reading(path: Path) -> dict[str, str]:
+    """Return SQLite's parameters for reading a file, where it may lie in a folder that is not ours."""
+    # Readers of a log share a file beside it with its writer, and whoever comes first makes it; one that may
+    # not write at all would leave it behind. In a folder that is not ours there is none while nobody writes.
+    log = path.with_name(f"{FILE}-wal")
+    still = not os.access(path.parent, os.W_OK) and not log.exists()
+    return {"uri": "true", **({"immutable": "1"} if still else {"mode": "rw"})}
+
+
+def _set_up_to_read(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None
+    connection.execute("PRAGMA query_only=ON")
 
 
 def _set_up(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

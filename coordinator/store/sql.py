@@ -72,6 +72,14 @@ class Store:
         store.sweep()
         return store
 
+    @classmethod
+    def open_to_read(cls, folder: Path) -> Self:
+        """Open the store in `folder` and change nothing of it, also while its coordinator runs.
+
+        Verbs that write fail. Raises `StoreError` when there is no store, or one of another revision.
+        """
+        return cls(schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False), time.time)
+
     def close(self) -> None:
         """Close all connections; a second call does nothing."""
         self._engine.dispose()
@@ -162,6 +170,16 @@ class Store:
             AgentRecord(_model(AgentCard, row.card_json), _when(row.first_seen), _when(row.last_seen))
             for row in rows
         ]
+
+    def cards(self) -> dict[str, AgentCard | None]:
+        """Return every agent's card, by name; `None` for one that cannot be read, as of another version."""
+        found: dict[str, AgentCard | None] = {}
+        for row in self._all(sa.select(schema.agents).order_by(schema.agents.c.agent)):
+            try:
+                found[row.agent] = AgentCard.model_validate_json(row.card_json)
+            except ValidationError:
+                found[row.agent] = None
+        return found
 
     # Rounds and states
 
@@ -329,6 +347,12 @@ class Store:
             where = where & ((table.c.round > after[0]) | past)
         query = sa.select(table).where(where).order_by(table.c.round, table.c.agent).limit(limit)
         return [_update(row) for row in self._all(query)]
+
+    def summaries(self, run: str) -> list[tuple[int, str, str]]:
+        """Return round, agent and summary of every update of a run, in order; the JSON as it stands there."""
+        table = schema.updates
+        query = sa.select(table).where(table.c.run == run).order_by(table.c.round, table.c.agent)
+        return [(row.round, row.agent, row.summary_json) for row in self._all(query)]
 
     def count_updates(self, run: str) -> int:
         """Return how many updates a run has."""

@@ -14,6 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from coordinator.ledger.entries import read
+from coordinator.ledger.report import EnergyReport, energy_report
 from coordinator.live import AgentStatus, Live, Status
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
@@ -135,6 +137,20 @@ def _add_runs(router: APIRouter, store: Store) -> None:
         updates = [UpdateView.of(u) for record in records[:limit] for u in store.updates(run, record.round)]
         found = views(records[:limit], updates)
         return Page[RoundView](items=found, next=str(found[-1].round) if len(records) > limit else None)
+
+    @router.get(PREFIX + "/runs/{run}/energy", tags=["runs"], responses=_problems(404, 422))
+    def energy(
+        run: str,
+        accuracy: Annotated[float | None, Query(gt=0, le=1, description="What did reaching it take?")] = None,
+        against: Annotated[str | None, Query(description="Another run, to stand beside.")] = None,
+        radio_km: Annotated[
+            float | None, Query(gt=0, le=1000, description="Of a radio, for radiated energy.")
+        ] = None,
+    ) -> EnergyReport:
+        """Return joules, seconds and bytes by device, round and stage, split by kind and scope."""
+        _known(store, run)
+        other = None if against is None else read(store, _known(store, against).run)
+        return energy_report(read(store, run), accuracy=accuracy, other=other, radio_km=radio_km)
 
     @router.get(PREFIX + "/runs/{run}/rounds/{n}/updates", tags=["runs"], responses=_problems(404, 422))
     def round_updates(run: str, n: int) -> list[UpdateView]:

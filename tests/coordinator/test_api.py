@@ -17,6 +17,8 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from coordinator.app import create_app
+from coordinator.ledger.entries import read
+from coordinator.ledger.report import EnergyReport, energy_report
 from coordinator.live import Live
 from coordinator.settings import RunSettings
 from coordinator.store.records import RunRecord
@@ -273,6 +275,7 @@ async def test_openapi_tells_of_every_route(house: House) -> None:
         "/api/v1/fleet/{agent}",
         "/api/v1/runs",
         "/api/v1/runs/{run}",
+        "/api/v1/runs/{run}/energy",
         "/api/v1/runs/{run}/rounds",
         "/api/v1/runs/{run}/rounds/{n}/updates",
         "/api/v1/runs/{run}/updates",
@@ -398,3 +401,35 @@ async def test_a_stopping_server_ends_open_streams_in_order(
         finally:
             AppStatus.should_exit = False
     assert "without completing" not in caplog.text
+
+
+async def test_the_ledger_of_a_run(full: House) -> None:
+    said = await full.client.get(
+        "/api/v1/runs/greenhouse-1/energy", params={"accuracy": 0.5, "radio_km": 0.25}
+    )
+    assert said.status_code == 200
+    found = EnergyReport.model_validate(said.json())
+    assert found == energy_report(read(full.store, "greenhouse-1"), accuracy=0.5, radio_km=0.25)
+    assert set(said.json()["total"]) == {"measured", "mixed", "modelled", "unknown"}
+    assert found.total.measured
+    assert found.total.modelled
+    assert found.total.unknown.readings == 2 * 5
+    schema = (await full.client.get("/api/v1/openapi.json")).json()
+    answer = schema["paths"]["/api/v1/runs/{run}/energy"]["get"]["responses"]["200"]
+    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/EnergyReport")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("nothing/energy", 404),
+        ("greenhouse-1/energy?against=nothing", 404),
+        ("greenhouse-1/energy?accuracy=2", 422),
+        ("greenhouse-1/energy?radio_km=0", 422),
+        ("greenhouse-1/energy?radio_km=nan", 422),
+    ],
+)
+async def test_a_ledger_that_cannot_be_is_a_problem(full: House, path: str, status: int) -> None:
+    said = await full.client.get(f"/api/v1/runs/{path}")
+    assert said.status_code == status
+    assert said.headers["content-type"] == "application/problem+json"

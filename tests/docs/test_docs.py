@@ -54,6 +54,7 @@ LONGEST = {
     "compare": 80,
     "operations": 230,
     "data": 180,
+    "ledger": 110,
     "architecture": 260,
     "energy": 200,
 }
@@ -198,7 +199,7 @@ def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
         return
     verb, arguments = words[1], words[2:]
     assert verb in COMMANDS
-    options = options_of(verb)
+    options = options_of(verb, *arguments[:1])
     for word in arguments:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"{block}: {verb} has no {word}"
@@ -209,8 +210,12 @@ def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
         settings.load(MODELS[verb], file, None, given)
 
 
-def options_of(verb: str) -> set[str]:
-    declared = {option for parameter in COMMANDS[verb].params for option in parameter.opts}
+def options_of(verb: str, *after: str) -> set[str]:
+    command = COMMANDS[verb]
+    if inner := getattr(command, "commands", None):
+        (word,) = after
+        command = inner[word]
+    declared = {option for parameter in command.params for option in parameter.opts}
     if declared:
         return declared | {"--help", "-h"}
     # Verbs that pass their options on say them themselves.

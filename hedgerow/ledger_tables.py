@@ -1,0 +1,315 @@
+"""A ledger as tables for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.ledger.accuracy import PerPoint
+from coordinator.ledger.pairs import Missing, Ratio
+from coordinator.ledger.report import DeviceLedger, EnergyReport
+from coordinator.ledger.sums import Joules, Split
+from foundation.energy import Kind
+from hedgerow.demo_screen import bytes_text
+
+DASH = "–"
+SHOWN = 24
+"""Devices, rounds and remarks that a table lists before it counts the rest."""
+NAME = 16
+"""Characters of a name on one line."""
+LEFT = frozenset({"device", "kind", "scope", "sensor", "stage", "model"})
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text."""
+
+    title: str
+    columns: Row
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+    newest: bool = False
+    """Whether the last rows are shown where there are too many."""
+
+
+def show(report: EnergyReport, console: Console) -> None:
+    """Print the ledger, and what there is to know of it."""
+    told = sum(device.updates for device in report.devices)
+    rounds = f"{len(report.rounds)} of {report.planned} rounds"
+    head = f"run {report.run}: {report.strategy}, {report.state}, {rounds}"
+    counts = f"{_count(len(report.devices), 'device')}, {_count(told, 'update')}"
+    console.print(f"{head}, {counts}", style="bold", markup=False, highlight=False)
+    for grid in grids(report):
+        console.print()
+        _print(grid, console)
+    if found := remarks(report):
+        console.print()
+        for remark in found:
+            console.print(remark, style="yellow", markup=False, highlight=False)
+
+
+def _print(grid: Grid, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    for name in grid.columns:
+        if name in LEFT:
+            table.add_column(name, overflow="fold", max_width=NAME)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    shown = grid.rows[-SHOWN:] if grid.newest else grid.rows[:SHOWN]
+    for row in shown:
+        table.add_row(*map(Text, row))  # text, not markup: names may have brackets
+    console.print(grid.title, style="bold", markup=False, highlight=False)
+    console.print(table)
+    if rest := len(grid.rows) - len(shown):
+        console.print(f"{rest} {'earlier' if grid.newest else 'more'} rows: see --json or --csv")
+    for note in grid.notes:
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def grids(report: EnergyReport) -> Iterator[Grid]:
+    """Give the tables that there is something to say in, in order."""
+    yield Grid(
+        "all devices and rounds: joules by how they are known and where the meter sits, never added",
+        ("kind", "scope", "joules ± (k=2)", "of it idle", "seconds", "readings"),
+        list(_totals(report.total)),
+    )
+    yield Grid(
+        "devices",
+        ("device", "kind", "scope", "sensor", "joules ± (k=2)", "seconds", "seen"),
+        [row for device in report.devices for row in _device(device)],
+        _flags(report.devices),
+    )
+    yield _bytes(report)
+    yield Grid(
+        "stages",
+        ("stage", "kind", "scope", "joules ± (k=2)", "seconds"),
+        [(stage.stage, *row) for stage in report.stages for row in _energy(stage.energy)],
+    )
+    yield Grid(
+        "rounds: mean accuracy as sent and after training",
+        ("round", "updates", "kind", "scope", "joules ± (k=2)", "seconds", "sent", "after", "J/point"),
+        list(_rounds(report)),
+        ("J/point: all joules of that kind so far, for each point gained (after) since the first model",),
+        newest=True,
+    )
+    yield from _asked_for(report)
+
+
+def _asked_for(report: EnergyReport) -> Iterator[Grid]:
+    if report.accuracy.target is not None:
+        yield Grid(
+            f"joules until accuracy {report.accuracy.target:g}",
+            ("device", "model", "round", "kind", "scope", "joules ± (k=2)", "seconds"),
+            list(_reached(report)),
+            ("mean: over all devices, with all their joules; sent: before that round, after: with it",),
+        )
+    if report.pruning.devices:
+        kinds = {device.kind for device in report.pruning.devices}
+        modelled = ("modelled: how long and how busy, not what was drawn",) if Kind.MODELLED in kinds else ()
+        yield Grid(
+            "training, pruned over dense, on the same device",
+            ("device", "kind", "sensor", "rounds", "units", "per", "joules", "seconds"),
+            list(_pruning(report)),
+            (*_missing(report.pruning.missing), *modelled),
+        )
+    if report.against is not None:
+        yield Grid(
+            f"{report.run} over {report.against.run}, round by round on the same device",
+            ("device", "stage", "kind", "sensor", "rounds", "joules", "seconds"),
+            list(_against(report)),
+            (*_missing(report.against.missing), *_two_sensors(report)),
+        )
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+def _totals(split: Split) -> Iterator[Row]:
+    for part in split.parts:
+        idle = DASH if part.idle_joules is None else number(part.idle_joules)
+        yield part.kind, part.scope, _joules(part), idle, number(part.seconds), str(part.readings)
+    if split.unknown.readings:
+        yield "unknown", DASH, DASH, DASH, number(split.unknown.seconds), str(split.unknown.readings)
+
+
+def _energy(split: Split) -> Iterator[Row]:
+    """Give kind, scope, joules and seconds of every part."""
+    for part in split.parts:
+        yield part.kind, part.scope, _joules(part), number(part.seconds)
+    if split.unknown.readings:
+        yield "unknown", DASH, DASH, number(split.unknown.seconds)
+
+
+def _device(device: DeviceLedger) -> Iterator[Row]:
+    sensors = "+".join(device.sensors) or DASH
+    seen = DASH if device.coverage is None else f"{device.coverage:.0%}"
+    for kind, scope, joules, seconds in _energy(device.energy):
+        known = kind != "unknown"
+        yield device.agent, kind, scope, sensors if known else DASH, joules, seconds, seen if known else DASH
+
+
+def _bytes(report: EnergyReport) -> Grid:
+    radiated = report.radiated
+    columns: Row = ("device", "updates", "payload down", "payload up", "interface down", "interface up")
+    rows = []
+    for device in report.devices:
+        b = device.bytes
+        counts = (b.payload_down, b.payload_up, b.interface_received, b.interface_sent)
+        row = (device.agent, str(device.updates), *map(bytes_text, counts))
+        rows.append((*row, _radiated(device.radiated_j)) if radiated else row)
+    if radiated is None:
+        return Grid("bytes", columns, rows)
+    notes = (f"radiated J: {radiated.label}, in no sum", f"({radiated.how})")
+    return Grid("bytes", (*columns, "radiated J"), rows, notes)
+
+
+def _rounds(report: EnergyReport) -> Iterator[Row]:
+    points = {(point.round, point.model): point for point in report.accuracy.points}
+    for r in report.rounds:
+        sent, after = points.get((r.round, "sent")), points.get((r.round, "after"))
+        shown = [DASH if point is None else f"{point.accuracy:.3f}" for point in (sent, after)]
+        for kind, scope, joules, seconds in _energy(r.energy):
+            gained = _per_point(after.per_point if after else (), kind, scope)
+            yield str(r.round), f"{r.updates}/{r.agents}", kind, scope, joules, seconds, *shown, gained
+
+
+def _per_point(found: Sequence[PerPoint], kind: str, scope: str) -> str:
+    return next((number(one.joules) for one in found if (one.kind, one.scope) == (kind, scope)), DASH)
+
+
+def _reached(report: EnergyReport) -> Iterator[Row]:
+    for one in report.accuracy.reached:
+        name = one.agent or "mean"
+        if one.spent is None:
+            yield name, one.model, "never", DASH, DASH, DASH, DASH
+            continue
+        rows = list(_energy(one.spent)) or [(DASH, DASH, "0", "0")]
+        for row in rows:
+            yield name, one.model, str(one.round), *row
+
+
+def _pruning(report: EnergyReport) -> Iterator[Row]:
+    for d in report.pruning.devices:
+        yield (
+            d.agent,
+            _kind(d.kind),
+            d.sensor,
+            f"{len(d.pruned.rounds)} over {len(d.dense.rounds)}",
+            f"{d.pruned.units_kept:.0%}",
+            d.per,
+            _ratio(d.joules),
+            _ratio(d.seconds),
+        )
+
+
+def _against(report: EnergyReport) -> Iterator[Row]:
+    assert report.against is not None
+    for d in report.against.devices:
+        joules = _ratio(d.joules) + ("" if d.joules is None or d.joules.gain_cancels else " †")
+        yield (
+            d.agent,
+            d.stage or "all",
+            _kind(d.kind),
+            d.sensor,
+            str(len(d.rounds)),
+            joules,
+            _ratio(d.seconds),
+        )
+
+
+def _two_sensors(report: EnergyReport) -> Iterator[str]:
+    pairs = report.against.devices if report.against else ()
+    if any(pair.joules is not None and not pair.joules.gain_cancels for pair in pairs):
+        yield "† of two sensors, whose own error bars are in it"
+
+
+# --- remarks ---------------------------------------------------------------------------------------
+
+
+def remarks(report: EnergyReport) -> list[str]:
+    """Return what one has to know: devices without joules, silent ones, what could not be read."""
+    found = list(_without_joules(report.devices))
+    silent = sum(max(0, r.agents - r.updates) for r in report.rounds if r.closed)
+    if silent:
+        times = "once" if silent == 1 else f"{silent} times"
+        found.append(f"{times} an agent of a round sent no update: what it used is in no figure")
+    if not report.pruning.devices and report.pruning.missing:
+        why = "; ".join(dict.fromkeys(missing.why for missing in report.pruning.missing))
+        found.append(f"dense against pruned is not available: {why}")
+    if report.skipped:
+        found.append(f"unreadable, and in no figure ({_count(len(report.skipped), 'part')} of updates):")
+        found += [f"  round {s.round}, {s.agent}: {s.what}" for s in report.skipped[:SHOWN]]
+    return found
+
+
+def _without_joules(devices: Sequence[DeviceLedger]) -> Iterator[str]:
+    """Say of devices whose joules nobody knows what would change that, by profile."""
+    without: dict[str, list[str]] = {}
+    for device in devices:
+        if not device.energy.parts:
+            without.setdefault(device.profile or "unknown", []).append(device.agent)
+    for profile, agents in without.items():
+        names = ", ".join(agents[:SHOWN]) + (
+            f" and {len(agents) - SHOWN} more" if len(agents) > SHOWN else ""
+        )
+        yield (
+            f"profile {profile}: seconds only, nobody knows the joules of {names}. Choose a profile with a"
+            ' power model (profile = "raspberry-pi-4b" in agent.toml, --profile with demo, simulate and'
+            " compare); `hedgerow agent doctor` says which sensor is missing"
+        )
+
+
+def _flags(devices: Sequence[DeviceLedger]) -> tuple[str, ...]:
+    counted: dict[str, int] = {}
+    for device in devices:
+        for flag in device.flags:
+            counted[flag] = counted.get(flag, 0) + 1
+    told = ", ".join(f"{flag} ({_count(count, 'device')})" for flag, count in counted.items())
+    notes = (f"flags: {told}",) if told else ()
+    if "placeholder_model" in counted:
+        notes += ("placeholder_model: another machine's watts, not fit for comparisons",)
+    return notes
+
+
+def _missing(missing: Sequence[Missing]) -> tuple[str, ...]:
+    return tuple(f"not compared: {one.agent}: {one.why}" for one in missing[:SHOWN])
+
+
+# --- words for figures -----------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Return joules or seconds with the digits that count."""
+    if value >= 10:
+        return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _joules(part: Joules) -> str:
+    bar = part.uncertainty_joules
+    return f"{number(part.joules)} ± {'?' if bar is None else number(bar)}"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return DASH
+    bar = "?" if ratio.uncertainty is None else f"{ratio.uncertainty:.3f}"
+    return f"{ratio.ratio:.3f} ± {bar}"
+
+
+def _radiated(joules: float | None) -> str:
+    return DASH if joules is None else f"{joules:.3g}"
+
+
+def _kind(kind: Kind) -> str:
+    return "unknown" if kind is Kind.NONE else kind
