@@ -271,10 +271,10 @@ def _flags(devices: Sequence[DeviceLedger]) -> tuple[str, ...]:
         for flag in device.flags:
             counted[flag] = counted.get(flag, 0) + 1
     told = ", ".join(f"{flag} ({_count(count, 'device')})" for flag, count in counted.items())
-    notes = (f"flags: {told}",) if told else ()
+    notes = [f"flags: {told}"] if told else []
     if "placeholder_model" in counted:
-        notes += ("placeholder_model: another machine's watts, not fit for comparisons",)
-    return notes
+        notes.append("placeholder_model: another machine's watts, not fit for comparisons")
+    return tuple(notes)
 
 
 def _missing(missing: Sequence[Missing]) -> tuple[str, ...]:
