@@ -17,6 +17,7 @@ import uvicorn
 
 from coordinator.app import create_app
 from coordinator.engine import Engine
+from coordinator.home_assistant import HomeAssistant
 from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
 from coordinator.store.sql import Store
@@ -85,7 +86,8 @@ async def _run(s: CoordinatorSettings) -> int:
     transport = MqttTransport(s.mqtt, f"{s.federation}-coordinator", will=will)
     with Store.open(s.folder) as store:
         live = Live(store)
-        engine = Engine(s, transport=transport, store=store, live=live)
+        home = HomeAssistant(s, transport=transport, store=store, live=live)
+        engine = Engine(s, transport=transport, store=store, live=live, beside=[home.run])
         async with live:
             return await _until_stopped(s, engine, store, live)
 

@@ -13,11 +13,11 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -98,7 +98,9 @@ class Engine:
         store: Store,
         live: Live,
         roster: Roster | None = None,
+        beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
+        """Run over `transport`; each of `beside` runs as a task while it is connected."""
         self.settings, self.transport, self.store, self.live = settings, transport, store, live
         self.roster = roster or Roster()
         self.topics = Topics(settings.federation)
@@ -106,6 +108,7 @@ class Engine:
         """Set whenever no run is in progress any more."""
         self.outcome: str | None = None
         """How the last run ended."""
+        self._beside = beside
         self._session = uuid.uuid4().hex[:12]
         self._run: asyncio.Task[None] | None = None
         self._open: _Open | None = None
@@ -139,6 +142,8 @@ class Engine:
                 async with asyncio.TaskGroup() as tasks:
                     for letters, read in listeners:
                         tasks.create_task(self._listen(letters, read))
+                    for life in self._beside:
+                        tasks.create_task(life())
                     await self._begin()
                     self._begun.set()
             finally:

@@ -99,6 +99,9 @@ class AgentStatus(Frozen):
     hidden_units: int | None = None
     """FFL units of one dense block."""
     joules: float | None = None
+    """Since its program started."""
+    watts: float | None = None
+    """At present; `None` while offline."""
     energy_kind: Kind = Kind.NONE
     energy_source: str = "none"
     sent_bytes: int | None = None
@@ -222,7 +225,7 @@ class Live:
         if online:
             self._change(agent, online=True, last_seen=self._now())
         else:
-            self._change(agent, online=False, stage=None, progress=None, eta_s=None)
+            self._change(agent, online=False, stage=None, progress=None, eta_s=None, watts=None)
 
     def telemetry(self, told: Telemetry) -> None:
         """Take the latest figures of an agent; a figure it does not tell keeps its last value."""
@@ -240,6 +243,7 @@ class Live:
             hidden_units=told.hidden_units or before.hidden_units,
             # Joules and how they are known belong together: never one of now with one of before.
             joules=told.joules,
+            watts=told.watts,
             energy_kind=before.energy_kind if told.joules is None else _kind(told.energy_kind),
             sent_bytes=told.sent_bytes,
             received_bytes=told.received_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
@@ -62,6 +62,23 @@ class HttpSettings(Frozen):
     enabled: bool = True
 
 
+class HomeAssistantSettings(Frozen):
+    """What Home Assistant is told over the same broker; `home_assistant = true` turns it on as it is."""
+
+    enabled: bool = False
+    prefix: str = Field("homeassistant", pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$")
+    """Home Assistant's discovery prefix."""
+    every_s: float = Field(10.0, ge=0.1)
+    """Seconds between two states of a device, at least."""
+    forget_days: float = Field(30.0, ge=1)
+    """Days that a device may be offline before it is taken out of Home Assistant."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_yes(cls, value: object) -> object:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+
 class CoordinatorSettings(Frozen):
     """Everything in `coordinator.toml`."""
 
@@ -75,4 +92,5 @@ class CoordinatorSettings(Frozen):
     """End the program when the run is over."""
     mqtt: MqttSettings = MqttSettings()
     http: HttpSettings = HttpSettings()
+    home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     run: RunSettings = RunSettings()

@@ -588,6 +588,7 @@ class Agent:
             kept_units=s.kept_units,
             hidden_units=s.hidden_units,
             joules=self.meter.joules_total,
+            watts=self.meter.watts(),
             energy_kind=self.meter.kind,
             sent_bytes=self._courier.sent_bytes,
             received_bytes=self._courier.received_bytes,

@@ -127,6 +127,9 @@ class Telemetry(Frozen):
     kept_units: tuple[int, ...] = ()
     hidden_units: int = 0
     joules: float | None = None
+    """Since the agent's program started."""
+    watts: float | None = None
+    """At present, a mean over about a second; known as `energy_kind` says."""
     energy_kind: str = "none"
     sent_bytes: int = 0
     received_bytes: int = 0

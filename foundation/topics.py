@@ -10,6 +10,8 @@ hedgerow/v1/{federation}/agents/{agent}/receipt        coordinator: receipts for
 hedgerow/v1/{federation}/agents/{agent}/refusal        agent
 hedgerow/v1/{federation}/agents/{agent}/telemetry      agent, QoS 0
 hedgerow/v1/{federation}/agents/{agent}/command        coordinator: cancel, stop, ...
+hedgerow/v1/{federation}/home/{agent}/state            coordinator, for Home Assistant  retained
+hedgerow/v1/{federation}/coordinator/state             coordinator, for Home Assistant  retained
 """
 
 from __future__ import annotations
@@ -47,8 +49,17 @@ class Topics:
         """Retained; `online` or `offline`."""
         return f"{ROOT}/{self.federation}/coordinator/presence"
 
+    @property
+    def coordinator_state(self) -> str:
+        """Retained; where the run stands, for Home Assistant."""
+        return f"{ROOT}/{self.federation}/coordinator/state"
+
+    def home(self, agent: str) -> str:
+        """Return where Home Assistant reads the values of one agent; the agent itself may not write there."""
+        return f"{ROOT}/{self.federation}/home/{agent}/state"
+
     def of(self, agent: str, what: str) -> str:
-        """Return the topic of one agent; `what` is the last word of the table above."""
+        """Return the topic of one agent; `what` is the last word of its line in the table above."""
         return f"{ROOT}/{self.federation}/agents/{agent}/{what}"
 
     def every(self, what: str) -> str:

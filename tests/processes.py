@@ -67,6 +67,7 @@ class Processes:
 
     folder: Path
     port: int
+    profile: str = "unknown-linux"
     children: dict[str, Child] = field(default_factory=dict)
 
     def agent_command(self, name: str) -> list[str]:
@@ -75,7 +76,7 @@ class Processes:
             "agent": name,
             "federation": "test",
             "vault": str(self.vault(name)),
-            "profile": "unknown-linux",
+            "profile": self.profile,
             "threads": 1,
             "mqtt": {"port": self.port},
             "data": data,
@@ -86,7 +87,7 @@ class Processes:
         log = self.folder / f"{name}.log"
         self.children[name] = spawn(name, self.agent_command(name), log, dict(os.environ))
 
-    def start_coordinator(self, run: RunSettings) -> None:
+    def start_coordinator(self, run: RunSettings, **changes: Any) -> None:
         """Start a coordinator that ends with its run; its folder has the run's name."""
         table = {
             "federation": "test",
@@ -96,6 +97,7 @@ class Processes:
             "mqtt": {"port": self.port},
             "run": run.model_dump(mode="json"),
         }
+        table |= changes
         command = [sys.executable, "-m", "coordinator", *sets(table)]
         log = self.folder / f"{run.name}.log"
         self.children["coordinator"] = spawn("coordinator", command, log, dict(os.environ))

@@ -78,23 +78,28 @@ async def test_the_picture_of_an_agent(clock: Clock) -> None:
             kept_units=(30, 40),
             hidden_units=64,
             joules=8.5,
+            watts=4.5,
             energy_kind="measured",
             received_bytes=1000,
         )
     )
+    here = live.agent("pi")
+    assert here is not None
+    assert (here.joules, here.watts, here.energy_kind) == (8.5, 4.5, Kind.MEASURED)
     clock.now += 5
     live.telemetry(Telemetry(agent="pi", stage=Stage.SEND, run="r", round=1, progress=0.9, sent_bytes=10))
     (agent,) = live.snapshot().agents
     assert (agent.stage, agent.progress, agent.eta_s) == (Stage.SEND, 0.9, None)
     assert (agent.accuracy, agent.kept_units, agent.hidden_units) == (0.5, (30, 40), 64)
-    assert agent.joules is None  # not the figure of five seconds ago
+    assert (agent.joules, agent.watts) == (None, None)  # not the figures of five seconds ago
     assert (agent.profile, agent.serving, agent.online) == ("raspberry_pi_5", "http://pi:8000", True)
     assert agent.last_seen is not None
     assert agent.last_seen.timestamp() == clock.now
+    live.telemetry(Telemetry(agent="pi", stage=Stage.SEND, watts=2.0))
     live.presence("pi", online=False)
     gone = live.agent("pi")
     assert gone is not None
-    assert (gone.online, gone.stage, gone.progress) == (False, None, None)
+    assert (gone.online, gone.stage, gone.progress, gone.watts) == (False, None, None, None)
     assert live.agent("nobody") is None
 
 

@@ -20,8 +20,9 @@ from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 from coordinator.app import create_app
+from coordinator.home_discovery import config_topic
 from coordinator.live import Live
-from coordinator.settings import CoordinatorSettings
+from coordinator.settings import CoordinatorSettings, HomeAssistantSettings
 from coordinator.strategies.base import available, load_strategy
 from coordinator.web.models import StartRun, StopRun
 from edge_agent.datasets import load as load_data
@@ -52,7 +53,7 @@ LONGEST = {
     "algorithms": 460,
     "settings": 120,
     "compare": 80,
-    "operations": 230,
+    "operations": 280,
     "data": 180,
     "ledger": 110,
     "architecture": 260,
@@ -341,3 +342,18 @@ def test_the_access_list_lets_everyone_do_their_part_and_no_more() -> None:
     assert allowed("pi-kitchen", "read", home.coordinator_presence)
     assert not allowed("pi-kitchen", "write", home.coordinator_presence)
     assert not allowed("stranger", "read", home.of("pi-kitchen", "update"))
+
+
+def test_the_access_list_lets_home_assistant_read_what_is_for_it_and_no_more() -> None:
+    home = topics.Topics("home")
+    announcement = config_topic(HomeAssistantSettings().prefix, "home", "pi-kitchen")
+    for topic in (announcement, home.home("pi-kitchen"), home.coordinator_state):
+        assert allowed("coordinator", "write", topic)
+        assert allowed("homeassistant", "read", topic)
+        assert not allowed("pi-kitchen", "write", topic)
+        assert not allowed("pi-kitchen", "read", topic)
+    assert allowed("homeassistant", "read", home.coordinator_presence)
+    assert allowed("homeassistant", "read", home.of("pi-kitchen", "presence"))
+    for topic in (home.of("pi-kitchen", "update"), home.of("pi-kitchen", "card"), home.home("pi-kitchen")):
+        assert not allowed("homeassistant", "write", topic)
+    assert not allowed("homeassistant", "read", home.of("pi-kitchen", "update"))
