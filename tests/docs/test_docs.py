@@ -56,7 +56,7 @@ LONGEST = {
     "operations": 280,
     "data": 180,
     "ledger": 110,
-    "architecture": 260,
+    "architecture": 290,
     "energy": 200,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
