@@ -35,6 +35,8 @@ _GAP_PERIODS = 5
 """Samples further apart than this many periods do not say what happened between them."""
 _SUSPENDED_S = 0.5
 """The clock that counts sleep ran ahead by so much: the machine was suspended."""
+_CPU_S = 1.0
+"""How often CPU times are read, beside the edges of stages."""
 LOOK_AGAIN_S = 10.0
 """How often a sensor that was lost is looked for."""
 
@@ -99,6 +101,7 @@ class Meter:
         self._flags: dict[Stage, set[str]] = {}
         self._then_s: float | None = None
         self._looked_s = 0.0
+        self._pending = _Pending()
         self._taken_j: float | None = 0.0
         self._lock = threading.RLock()
         self._threaded = threaded
@@ -207,8 +210,9 @@ class Meter:
                 track.read(now, stage, elapsed, broken=suspended)
             if suspended:
                 self._flag(stage, "suspend")
-            if elapsed > 0:
-                self._rest(stage, elapsed)
+            self._pending.add(elapsed, self._main.latest_w if self._main is not None else None)
+            if self._pending.seconds >= _CPU_S:
+                self._rest(stage)
             self._look_again(now)
 
     def take(self) -> Ledger:
@@ -241,20 +245,24 @@ class Meter:
     def _edge(self) -> None:
         """Sample, and note for the stage that ends here what happened to the board in it."""
         self.sample()
+        if self._then_s is None:
+            return
+        if self._pending.seconds > 0:
+            self._rest(self.current)
         for flag in self._board.flags():
             self._flag(self.current, flag)
 
     def _flag(self, stage: Stage, flag: str) -> None:
         self._flags.setdefault(stage, set()).add(flag)
 
-    def _rest(self, stage: Stage, elapsed: float) -> None:
-        """Count CPU times, and measure the idle power if this device rests."""
-        busy = None if self._cpu is None else self._cpu.read(stage, elapsed)
+    def _rest(self, stage: Stage) -> None:
+        """Count CPU times of what is pending, and measure the idle power if this device rests."""
+        pending, self._pending = self._pending, _Pending()
+        busy = None if self._cpu is None else self._cpu.read(stage, pending.seconds)
         main = self._main
         if main is None or self._shared or main.sensor.kind is not Kind.MEASURED:
             return
-        joules = None if main.latest_w is None else main.latest_w * elapsed
-        self._baseline.add(stage, elapsed, joules, busy)
+        self._baseline.add(stage, pending.seconds, pending.joules, busy)
         if self._baseline.idle is not None:
             main.sensor.idle_w = self._baseline.idle.watts
 
@@ -401,6 +409,20 @@ class _Open:
     """One open stage; told apart by identity, as the same stage can be open twice."""
 
     stage: Stage
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Time of the present stage whose CPU times are not read yet: reading them costs more than a sensor."""
+
+    seconds: float = 0.0
+    joules: float | None = 0.0
+
+    def add(self, seconds: float, watts: float | None) -> None:
+        """Add time, and its joules if all of them are known."""
+        if seconds > 0:
+            self.seconds += seconds
+            self.joules = None if watts is None or self.joules is None else self.joules + watts * seconds
 
 
 @dataclass(frozen=True, slots=True)
