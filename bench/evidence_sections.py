@@ -63,7 +63,7 @@ MAIN = (
 OTHERS = (
     Method("pfl_tpp, lean, int8", "pfl_tpp", {"target": 0.92, "lean": True, "encoding": "int8"}),
     Method("hedgerow, one epoch a round", "hedgerow", {"epochs": 1, "learning_rate": 3e-3}),
-    Method("hedgerow, gates fixed", "hedgerow", {"gate_rate": 0.0, "learning_rate": 3e-3}),
+    Method("hedgerow, gates learned", "hedgerow", {"gate_rate": 0.2, "learning_rate": 3e-3}),
     Method("fedprox", "fedprox", seeds=(0,)),
     Method("pfedhn", "pfedhn", seeds=(0,)),
     Method("pfedla", "pfedla", seeds=(0,)),

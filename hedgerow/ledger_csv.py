@@ -15,6 +15,8 @@ READING = (
     "joules",
     "uncertainty_joules",
     "idle_joules",
+    "net_uncertainty_joules",
+    "process_joules",
     "seconds",
     "kind",
     "scope",
@@ -65,7 +67,7 @@ def _rows(report: EnergyReport) -> Iterator[dict[str, Any]]:
 def _reading(entry: Entry) -> dict[str, Any]:
     row = {name: getattr(entry.reading, name) for name in READING}
     if not is_known(entry.reading):
-        row |= {"joules": None, "uncertainty_joules": None, "idle_joules": None, "kind": "none"}
+        row |= {name: None for name in READING if name.endswith("joules")} | {"kind": "none"}
     return row | {"stage": entry.stage, "flags": " ".join(entry.reading.flags)}
 
 

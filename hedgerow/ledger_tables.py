@@ -76,7 +76,7 @@ def grids(report: EnergyReport) -> Iterator[Grid]:
     """Give the tables that there is something to say in, in order."""
     yield Grid(
         "all devices and rounds: joules by how they are known and where the meter sits, never added",
-        ("kind", "scope", "joules ± (k=2)", "of it idle", "seconds", "readings"),
+        ("kind", "scope", "joules ± (k=2)", "of it idle", "agents’ own", "seconds", "readings"),
         list(_totals(report.total)),
     )
     yield Grid(
@@ -133,9 +133,11 @@ def _asked_for(report: EnergyReport) -> Iterator[Grid]:
 def _totals(split: Split) -> Iterator[Row]:
     for part in split.parts:
         idle = DASH if part.idle_joules is None else number(part.idle_joules)
-        yield part.kind, part.scope, _joules(part), idle, number(part.seconds), str(part.readings)
+        own = DASH if part.process_joules is None else number(part.process_joules)
+        yield part.kind, part.scope, _joules(part), idle, own, number(part.seconds), str(part.readings)
     if split.unknown.readings:
-        yield "unknown", DASH, DASH, DASH, number(split.unknown.seconds), str(split.unknown.readings)
+        dashes = (DASH,) * 4
+        yield "unknown", *dashes, number(split.unknown.seconds), str(split.unknown.readings)
 
 
 def _energy(split: Split) -> Iterator[Row]:

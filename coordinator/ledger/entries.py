@@ -159,7 +159,14 @@ def _reading(told: Any) -> EnergyReading | None:
         reading = EnergyReading.model_validate(told)
     except (ValidationError, OverflowError):
         return None
-    bounded = (reading.joules, reading.idle_joules, reading.uncertainty_joules, reading.seconds)
+    bounded = (
+        reading.joules,
+        reading.idle_joules,
+        reading.uncertainty_joules,
+        reading.net_uncertainty_joules,
+        reading.process_joules,
+        reading.seconds,
+    )
     fine = all(value is None or 0 <= value <= MOST for value in bounded)
     return reading if fine else None
 

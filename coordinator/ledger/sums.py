@@ -30,6 +30,8 @@ class Joules(Frozen):
     joules: float
     idle_joules: float | None = None
     """What the devices would have used doing nothing; `None` when that is not known for all of it."""
+    process_joules: float | None = None
+    """The agents' own part of what is above idle, by CPU time; `None` when it is not known for all of it."""
     uncertainty_joules: float | None = None
     """Half-width of the error bar at k = 2; `None` when that of a part is not known."""
     seconds: float
@@ -85,6 +87,7 @@ class _Sum:
 
     joules: float = 0.0
     idle: float | None = 0.0
+    own: float | None = 0.0
     bar: float | None = 0.0
     seconds: float = 0.0
     readings: int = 0
@@ -92,6 +95,7 @@ class _Sum:
     def add(self, reading: EnergyReading) -> None:
         self.joules += reading.joules or 0.0
         self.idle = _plus(self.idle, reading.idle_joules)
+        self.own = _plus(self.own, reading.process_joules)
         self.bar = _plus(self.bar, reading.uncertainty_joules)
         self.seconds += reading.seconds
         self.readings += 1
@@ -136,6 +140,7 @@ class Tally:
                     scope=scope,
                     joules=math.fsum(s.joules for s in sums),
                     idle_joules=_total(s.idle for s in sums),
+                    process_joules=_total(s.own for s in sums),
                     uncertainty_joules=self._bar(kind, devices),
                     seconds=math.fsum(s.seconds for s in sums),
                     readings=sum(s.readings for s in sums),

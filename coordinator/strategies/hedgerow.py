@@ -63,7 +63,7 @@ class Hedgerow(Strategy):
     """How the learning rate goes down over the run's rounds."""
     gates: dict[Role, Gate] = Field(default_factory=lambda: dict(OWN))
     """Gate of each role at first: 0 (and no entry) takes the average, 1 what the device kept."""
-    gate_rate: float = Field(0.2, ge=0, le=1)
+    gate_rate: float = Field(0.0, ge=0, le=1)
     """Largest step of a gate in a round, along the loss on the validation part; 0 leaves them as they are."""
     gate_samples: int = Field(32, ge=1)
     """Validation samples that the gates are asked about in a round."""

@@ -178,9 +178,9 @@ class CpuShare:
         return more_busy / (self._cores * elapsed) if elapsed > 0 else None
 
     def of(self, stage: Stage) -> float | None:
-        """Return this process tree's share of the busy CPU time in `stage`; `None` where nobody was busy."""
-        busy, own = self._stages.get(stage, (0.0, 0.0))
-        return _share(own, busy) if max(busy, own) > 0 else None
+        """Return this process tree's share of the busy CPU time in `stage`; `None` if that was not read."""
+        times = self._stages.get(stage)
+        return None if times is None else _share(times[1], times[0])
 
     def clear(self) -> None:
         """Begin anew, from the last read on."""

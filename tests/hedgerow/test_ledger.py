@@ -53,9 +53,9 @@ def test_tables_keep_kinds_apart_and_fit_a_hundred_columns(folder: Path) -> None
     lines = said.output.splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split() for line in lines if line.startswith(("measured ", "modelled ", "unknown "))] == [
-        ["measured", "module", "34.0", "±", "3.40", "17.0", "4.00", "4"],
-        ["modelled", "board_dc", "17.0", "±", "1.70", "8.50", "4.00", "4"],
-        ["unknown", "–", "–", "–", "10.0", "2"],
+        ["measured", "module", "34.0", "±", "3.40", "17.0", "–", "4.00", "4"],
+        ["modelled", "board_dc", "17.0", "±", "1.70", "8.50", "–", "4.00", "4"],
+        ["unknown", "–", "–", "–", "–", "10.0", "2"],
     ]
     assert "51.0" not in said.output, "17 + 34 is nobody's number"
     for text in (
