@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,13 +23,16 @@ import numpy as np
 from pydantic import ValidationError
 
 from coordinator.collector import Collector
+from coordinator.easing import Ease
 from coordinator.live import Live, Phase
+from coordinator.planning import Course, context_of, planned
 from coordinator.report import round_metrics, update_summary
 from coordinator.roster import Roster
+from coordinator.selection import Choice, Selection
 from coordinator.settings import CoordinatorSettings, RunSettings
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
-from coordinator.strategies.base import RoundContext, State, Strategy, load_strategy
+from coordinator.strategies.base import State, Strategy, load_strategy
 from coordinator.web.models import StartRun
 from foundation.codec import frame_of, update_from
 from foundation.errors import (
@@ -42,7 +45,6 @@ from foundation.errors import (
     WireError,
     WorkRefused,
 )
-from foundation.frozen import Frozen
 from foundation.messages import (
     AgentCard,
     Assignment,
@@ -52,7 +54,7 @@ from foundation.messages import (
     Telemetry,
     Update,
 )
-from foundation.spec import ModelSpec, initial_parameters
+from foundation.spec import initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
 from foundation.transport import Letter, Transport
@@ -64,14 +66,6 @@ MALFORMED_LIMIT = 3
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
-
-
-class Course(Frozen):
-    """What a run was decided to be when it started; kept in the store."""
-
-    settings: RunSettings
-    spec: ModelSpec
-    labels: tuple[str, ...]
 
 
 @dataclass
@@ -98,9 +92,13 @@ class Engine:
         store: Store,
         live: Live,
         roster: Roster | None = None,
+        clock: Callable[[], float] = time.time,
         beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
-        """Run over `transport`; each of `beside` runs as a task while it is connected."""
+        """Run federations over `transport`; `clock` (UTC seconds) says which day budgets are for.
+
+        Each of `beside` runs as a task while it is connected.
+        """
         self.settings, self.transport, self.store, self.live = settings, transport, store, live
         self.roster = roster or Roster()
         self.topics = Topics(settings.federation)
@@ -109,6 +107,7 @@ class Engine:
         self.outcome: str | None = None
         """How the last run ended."""
         self._beside = beside
+        self._selection = Selection(self.roster, store, live, settings.budgets, clock)
         self._session = uuid.uuid4().hex[:12]
         self._run: asyncio.Task[None] | None = None
         self._open: _Open | None = None
@@ -270,26 +269,31 @@ class Engine:
         return course
 
     async def _gather_again(self, run: RunSettings) -> None:
-        """Give those who are away a moment; after it, the quorum of `min_agents` is enough to go on."""
+        """Give those who are away a moment; after it, the quorum of `min_agents` is enough to go on.
+
+        Nobody waits for those who are at their limits, unless the quorum needs them.
+        """
         set_aside = sum(entry.set_aside is not None for entry in self.roster.entries.values())
         wanted = max(1, run.min_agents - set_aside)
+        needed = max(1, math.ceil(run.quorum * run.min_agents))
+        wanted = max(min(wanted, needed), wanted - len(self.roster.resting()))
         deadline = time.monotonic() + run.grace_s
         while len(self.roster.present()) < wanted and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if len(self.roster.present()) < wanted:
-            needed = max(1, math.ceil(run.quorum * run.min_agents))
             await self._gather(run.model_copy(update={"min_agents": needed}))
 
     async def _gather(self, run: RunSettings) -> None:
         deadline = time.monotonic() + run.wait_s
         while len(present := self.roster.present()) < run.min_agents:
-            self.live.phase(
-                run.name,
-                0,
-                run.rounds,
-                "waiting for agents",
-                {"present": len(present), "needed": run.min_agents},
-            )
+            resting = len(self.roster.resting())
+            counts = {"present": len(present), "needed": run.min_agents}
+            if resting:
+                counts["unavailable"] = resting
+            if len(present) + resting >= run.min_agents:
+                # They are here, and say on their cards why they do not work yet: no reason to give up.
+                deadline = time.monotonic() + run.wait_s
+            self.live.phase(run.name, 0, run.rounds, "waiting for agents", counts)
             if time.monotonic() > deadline:
                 raise RoundError(
                     f"{len(present)} of {run.min_agents} agents came within {run.wait_s:.0f} s: start more"
@@ -346,24 +350,14 @@ class Engine:
     async def _round(self, course: Course, strategy: Strategy, state: State, number: int) -> State:
         run, started = course.settings, time.monotonic()
         self.live.phase(run.name, number, run.rounds, "planning", {})
-        cards, opened = await self._asked(course, strategy, number)
+        cards, opened, eases = await self._asked(course, strategy, state, number)
         for card in cards:
             state = strategy.enroll(state, card, run.seed)
-        context = RoundContext(
-            run=run.name,
-            round=number,
-            rounds=run.rounds,
-            present=cards,
-            spec=course.spec,
-            seed=run.seed,
-            deadline_s=run.deadline_s,
-            strategy=run.strategy,
-            export=run.exports(number),
-        )
-        assignments, left_out = await asyncio.to_thread(planned, strategy, state, context)
+        context = context_of(course, cards, number)
+        assignments, left_out = await asyncio.to_thread(planned, strategy, state, context, eases)
+        self._tell_asked(run.name, number, [a.agent for a in assignments], eases)
         for agent, reason in sorted(left_out.items()):
-            text = f"{agent} skipped: {reason}"
-            self.live.emit("agent_skipped", text, run=run.name, round=number, agent=agent)
+            self._skipped(run.name, number, agent, reason)
         if not assignments:
             told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(left_out.items()))
             raise RoundError(f"nobody can do the work of {run.strategy} ({told})")
@@ -387,35 +381,69 @@ class Engine:
         self.live.round_closed(run.name, number, metrics["seconds"])
         return state
 
-    async def _asked(self, course: Course, strategy: Strategy, number: int) -> tuple[list[AgentCard], float]:
-        """Return whom the round asks and when it opened (UTC epoch): from the store if it is open already."""
+    async def _asked(
+        self, course: Course, strategy: Strategy, state: State, number: int
+    ) -> tuple[list[AgentCard], float, dict[str, Ease]]:
+        """Return whom the round asks, when it opened (UTC epoch) and who is asked for less.
+
+        From the store if it is open already: who can afford what was decided when it was opened.
+        """
         run = course.settings
         record = await asyncio.to_thread(self.store.round_record, run.name, number)
         if record is not None:
             known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
-            return [known[agent] for agent in record.agents], record.opened.timestamp()
-        await self._gather_again(run)
-        unequal = strategy.unequal
-        present = self.roster.present(course.spec, course.labels, unequal=unequal)
-        for agent in self.roster.entries:
-            reason = self.roster.reason_against(agent, course.spec, course.labels, unequal=unequal)
-            if reason is not None:
-                self.live.emit(
-                    "agent_skipped", f"{agent} skipped: {reason}", run=run.name, round=number, agent=agent
-                )
-        if not present:
-            raise RoundError("no agent's data fit this run's model")
-        present = [card for card in present if run.late.get(card.agent, 1) <= number]
-        if not present:
-            raise RoundError(f"every agent is to join after round {number}: leave some out of run.late")
-        count = max(1, round(run.fraction * len(present)))
+            eases = {agent: Ease.model_validate(ease) for agent, ease in record.eased.items()}
+            return [known[agent] for agent in record.agents], record.opened.timestamp(), eases
+        choice = await self._choice(course, strategy, state, number)
+        count = max(1, round(run.fraction * len(choice.allowed)))
         rng = np.random.default_rng([run.seed, number, 0xA5])
-        chosen = sorted(rng.choice(len(present), size=count, replace=False))
-        cards = [present[i] for i in chosen]
+        chosen = sorted(rng.choice(len(choice.allowed), size=count, replace=False))
+        cards = [choice.allowed[i] for i in chosen]
         names = [card.agent for card in cards]
+        found = {name: choice.verdicts[name].ease for name in names if name in choice.verdicts}
+        eases = {name: ease for name, ease in found.items() if ease is not None}
+        open_round = partial(
+            self.store.open_round,
+            eased={name: ease.model_dump(mode="json") for name, ease in eases.items()},
+            skipped=dict(choice.skipped),
+        )
         now = time.time()
-        await asyncio.to_thread(self.store.open_round, run.name, number, names, now + run.deadline_s)
-        return cards, now
+        await asyncio.to_thread(open_round, run.name, number, names, now + run.deadline_s)
+        return cards, now, eases
+
+    async def _choice(self, course: Course, strategy: Strategy, state: State, number: int) -> Choice:
+        """Return who may be asked; waits while nobody may, but somebody will at some time.
+
+        Raises `RoundError` when nobody will.
+        """
+        run, told = course.settings, dict[str, str]()
+        while True:
+            await self._gather_again(run)
+            choice = await self._selection.choice(course, strategy, state, number)
+            for agent, reason in sorted(choice.skipped.items()):
+                if told.get(agent) != reason:
+                    self._skipped(run.name, number, agent, reason)
+            told = dict(choice.skipped)
+            if choice.allowed:
+                self._selection.tell_unknown(run.name, number, choice.verdicts)
+                return choice
+            if not choice.passing:
+                why = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(told.items()))
+                raise RoundError(f"nobody can afford this round: raise [budgets] ({why})")
+            self.live.phase(run.name, number, run.rounds, "waiting for agents", {"skipped": len(told)})
+            await self._selection.changed(choice)
+
+    def _tell_asked(self, run: str, number: int, asked: Sequence[str], eases: Mapping[str, Ease]) -> None:
+        for agent in asked:
+            ease = eases.get(agent)
+            self.live.asked(agent, eased=None if ease is None else ease.reason)
+            if ease is not None:
+                text = f"{agent} eased: {ease.reason}"
+                self.live.emit("agent_eased", text, run=run, round=number, agent=agent)
+
+    def _skipped(self, run: str, number: int, agent: str, reason: str) -> None:
+        self.live.asked(agent, skipped=reason)
+        self.live.emit("agent_skipped", f"{agent} skipped: {reason}", run=run, round=number, agent=agent)
 
     async def _collect(
         self,
@@ -666,20 +694,3 @@ class Engine:
             await self.transport.publish(self.topics.of(agent, what), body.encode())
         except NotConnected as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
-
-
-def planned(
-    strategy: Strategy, state: State, context: RoundContext
-) -> tuple[list[Assignment], dict[str, str]]:
-    """Return the assignments of those who can do them, and the reason of everybody who is left out."""
-    left_out = dict(strategy.excluded(state, context))
-    abilities = {card.agent: card.terms for card in context.present}
-    assignments = []
-    for assignment in strategy.plan(state, context):
-        unknown = sorted(assignment.work.needs() - abilities[assignment.agent])
-        if unknown:
-            what = ", ".join(unknown)
-            left_out[assignment.agent] = f"it does not know {what}: install a newer version on that device"
-        else:
-            assignments.append(assignment)
-    return assignments, left_out

@@ -109,6 +109,12 @@ class AgentStatus(Frozen):
     rss_bytes: int | None = None
     last_seen: datetime | None = None
     problem: str | None = None
+    unavailable: str | None = None
+    """Why it takes no work at present: a limit of its owner's."""
+    skipped: str | None = None
+    """Why the present round does without it."""
+    eased: str | None = None
+    """With what it is asked for less in the present round, and why."""
     serving: str | None = None
 
 
@@ -217,6 +223,7 @@ class Live:
             energy_kind=_kind(card.energy_kind),
             serving=card.serving,
             problem=card.problem,
+            unavailable=None if card.unavailable is None else str(card.unavailable),
             last_seen=seen or self._now(),
         )
 
@@ -270,6 +277,10 @@ class Live:
         told = finite(detail or {})
         turn.detail = told if isinstance(told, dict) else {}
         self._version += 1
+
+    def asked(self, agent: str, *, skipped: str | None = None, eased: str | None = None) -> None:
+        """The present round asks an agent: not at all, for less, or in full."""
+        self._change(agent, skipped=skipped, eased=eased)
 
     def round_closed(self, run: str, round: int, seconds: float | None) -> None:
         """A round of `run` is closed and took `seconds`; the estimate of the time left rests on these.

@@ -51,10 +51,32 @@ class Roster:
     def reason_against(
         self, agent: str, spec: ModelSpec | None, labels: tuple[str, ...], *, unequal: bool = False
     ) -> str | None:
-        """Return why an agent cannot take part, or `None` when it can.
+        """Return why an agent cannot take part, or does not want to; `None` when it does.
 
         With `unequal`, models and data may differ from the run's.
         """
+        reason = self._unfit(agent, spec, labels, unequal=unequal)
+        card = self.entry(agent).card
+        if reason is None and card is not None and card.unavailable is not None:
+            return str(card.unavailable)
+        return reason
+
+    def resting(
+        self, spec: ModelSpec | None = None, labels: tuple[str, ...] = (), *, unequal: bool = False
+    ) -> list[str]:
+        """Return who could take part and does not want to at present, sorted by name."""
+        return [
+            agent
+            for agent, entry in sorted(self.entries.items())
+            if entry.card is not None
+            and entry.card.unavailable is not None
+            and self._unfit(agent, spec, labels, unequal=unequal) is None
+        ]
+
+    def _unfit(
+        self, agent: str, spec: ModelSpec | None, labels: tuple[str, ...], *, unequal: bool
+    ) -> str | None:
+        """Return why an agent cannot take part, even if it wants to."""
         entry = self.entry(agent)
         if entry.card is None:
             return "it has not introduced itself yet"

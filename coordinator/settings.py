@@ -54,6 +54,39 @@ class RunSettings(Frozen):
         return self.export and due
 
 
+class Budget(Frozen):
+    """What a device may spend; `None` leaves it free."""
+
+    joules_per_day: float | None = Field(None, gt=0)
+    """Joules of work (all stages but waiting and idling, gross) in a day in UTC."""
+    joules: float | None = Field(None, gt=0)
+    """The same in one round."""
+    deadline_s: float | None = Field(None, gt=0)
+    """Seconds of work in one round."""
+
+    def over(self, other: Budget) -> Budget:
+        """Return this budget, with what it leaves open as `other` says."""
+        return other.model_copy(update=self.model_dump(exclude_none=True))
+
+
+class BudgetSettings(Frozen):
+    """What devices may spend; a device's own word counts first, then its profile's, then everybody's."""
+
+    joules_per_day: float | None = Field(None, gt=0)
+    joules: float | None = Field(None, gt=0)
+    deadline_s: float | None = Field(None, gt=0)
+    profiles: dict[str, Budget] = Field(default_factory=dict)
+    """By id of the device's profile."""
+    devices: dict[str, Budget] = Field(default_factory=dict)
+    """By name of the agent."""
+
+    def of(self, agent: str, profile: str) -> Budget:
+        """Return the budget of one device."""
+        everybody = Budget(joules_per_day=self.joules_per_day, joules=self.joules, deadline_s=self.deadline_s)
+        of_profile = self.profiles.get(profile, Budget()).over(everybody)
+        return self.devices.get(agent, Budget()).over(of_profile)
+
+
 class HttpSettings(Frozen):
     """Where page and API are served; without authentication, so on loopback."""
 
@@ -94,3 +127,4 @@ class CoordinatorSettings(Frozen):
     http: HttpSettings = HttpSettings()
     home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     run: RunSettings = RunSettings()
+    budgets: BudgetSettings = BudgetSettings()

@@ -26,10 +26,11 @@ from pydantic import ValidationError
 
 from edge_agent.answer import arrived, kept, to_send, weights_of
 from edge_agent.energy.meter import Meter
+from edge_agent.limits import Limits
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving.child import ServingChild
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
 from foundation.artifact import Manifest
@@ -43,7 +44,16 @@ from foundation.errors import (
     NotConnected,
     WorkRefused,
 )
-from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Telemetry, Update
+from foundation.messages import (
+    AgentCard,
+    Assignment,
+    Command,
+    Presence,
+    Refusal,
+    Telemetry,
+    Unavailable,
+    Update,
+)
 from foundation.parameters import Parameters, layout_size
 from foundation.spec import ModelSettings, ModelSpec, initial_parameters
 from foundation.topics import Topics, checked_name
@@ -59,6 +69,8 @@ logger = logging.getLogger(__name__)
 TELEMETRY_S = 0.5
 IDLE_TELEMETRY_S = 5.0
 RETRY_S = 30.0
+LIMITS_S = 5.0
+"""How often limits are looked at."""
 OFFLINE = Presence(state="offline")
 
 
@@ -119,7 +131,11 @@ class _Job:
     assignment: Assignment
     frame: bytes
     wire_bytes: int
+    begun: bool = False
+    """Whether an earlier life of this agent was at it: it is finished, whatever the limits say."""
     called_off: threading.Event = field(default_factory=threading.Event)
+    why: str = ""
+    """Why it was called off, where it was this agent's own doing."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -160,18 +176,21 @@ class Agent:
         training: Executor | None = None,
         carry_out: CarryOut | None = None,
         interface: InterfaceMeter | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
         Without it the agent has one thread for all training, at low priority: everything else on the
         device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
         `interface` counts the bytes of the way to the broker.
+        `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
         """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
         self.profile, self.threads = profile, threads
         self.topics = Topics(settings.federation)
         self.vault = Vault(settings.vault, self.name)
+        self.limits = limits or Limits(settings.limits, meter, settings.vault)
         self.standing = Standing()
         self._load_data, self._recorder, self._retry_s = load_data, recorder, retry_s
         self._owned = (
@@ -209,6 +228,8 @@ class Agent:
                     await self._publish("presence", OFFLINE.model_dump_json(), retain=True)
         finally:
             self._call_off()
+            if self.limits.tally is not None:
+                self.limits.tally.save()
             if self._owned is not None:
                 self._owned.shutdown(wait=False)
             self._serving.stop()
@@ -220,7 +241,7 @@ class Agent:
         self._resume()
         await self._introduce()
         async with asyncio.TaskGroup() as tasks:
-            for life in (self._work_on, self._deliver, self._report, self._watch_data):
+            for life in (self._work_on, self._deliver, self._report, self._watch_data, self._watch_limits):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
             if self._recorder is not None:
@@ -266,7 +287,10 @@ class Agent:
             energy_kind=self.meter.kind,
             energy_source=self.meter.source,
             serving=self._serving.address,
-            problem=self._problem or (self._recorder.problem if self._recorder else None),
+            problem=self._problem
+            or (self._recorder.problem if self._recorder else None)
+            or self.limits.problem(),
+            unavailable=self.limits.look(),
         )
 
     def _own_spec(self, data: LocalData) -> ModelSpec:
@@ -290,6 +314,21 @@ class Agent:
                 await self._look_at_data()
                 await self._publish("card", self.card().model_dump_json(), retain=True)
 
+    async def _watch_limits(self) -> None:
+        """Say on the card when this device comes to its limits and back, and end work that is too hot."""
+        if self.limits.settings == LimitSettings():
+            return
+        told: tuple[Unavailable | None, str | None] = (None, None)
+        while True:
+            if (hot := self.limits.too_hot()) is not None:
+                self._call_off(hot)
+            now = (self.limits.look(), self.limits.problem())
+            if now != told:
+                told = now
+                logger.info("limits", extra={"unavailable": str(now[0]) if now[0] else "no"})
+                await self._publish("card", self.card().model_dump_json(), retain=True)
+            await asyncio.sleep(min(LIMITS_S, self._retry_s))
+
     # --- taking work ---------------------------------------------------------------------------
 
     def _resume(self) -> None:
@@ -297,7 +336,8 @@ class Agent:
         if frame is None:
             return
         try:
-            job = _Job(assignment_from(frame), frame, self._courier.bytes_of(frame))
+            wire_bytes, begun = self._courier.bytes_of(frame), self.vault.begun(frame)
+            job = _Job(assignment_from(frame), frame, wire_bytes, begun)
         except HedgerowError as error:
             logger.warning("work in hand unreadable, dropped", extra={"reason": str(error)})
             self.vault.drop(frame)
@@ -340,8 +380,9 @@ class Agent:
             logger.info("work called off", extra={"reason": command.reason})
             self._call_off()
 
-    def _call_off(self) -> None:
+    def _call_off(self, why: str = "") -> None:
         if self._current is not None:
+            self._current.why = self._current.why or why
             self._current.called_off.set()
 
     # --- working -------------------------------------------------------------------------------
@@ -364,6 +405,8 @@ class Agent:
         reason = None
         try:
             await self._refresh_data(job.assignment.run)
+            if not job.begun:
+                self._allow()
             self._accept(job.assignment)
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._training, self._work, job)
@@ -374,7 +417,7 @@ class Agent:
             reason = str(error)
         except Exception as error:  # the one door of the house: logged and answered
             if type(error).__name__ == "Cancelled":
-                reason = "called off"
+                reason = f"called off: {job.why}" if job.why else "called off"
             else:
                 logger.exception("work failed")
                 reason = f"{type(error).__name__}: {error}"
@@ -398,6 +441,10 @@ class Agent:
             self._problem = f"serving: {error}"
             logger.error("serving did not start", extra={"reason": str(error)})
         await self._publish("card", self.card().model_dump_json(), retain=True)
+
+    def _allow(self) -> None:
+        if (why := self.limits.look()) is not None:
+            raise WorkRefused(str(why))
 
     def _accept(self, assignment: Assignment) -> None:
         if self._data is None:
@@ -456,7 +503,7 @@ class Agent:
             examples=data.examples,
             metrics=outcome.metrics,
             kept_units=outcome.kept_units,
-            ledger=dict(self.meter.take()),
+            ledger=dict(self.meter.take() if self.limits.tally is None else self.limits.tally.take()),
             received_bytes=job.wire_bytes,
             sent_bytes=delivered,
             interface=traffic.interface if traffic else None,

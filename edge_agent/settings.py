@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from edge_agent.datasets import DataSettings
+from edge_agent.quiet import stretch
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
 from foundation.spec import ModelSettings
@@ -37,6 +38,31 @@ class EnergySettings(Frozen):
     rate_hz: float = Field(5.0, gt=0, le=100)
 
 
+class LimitSettings(Frozen):
+    """When this device works at all: its owner's word, whatever a coordinator asks."""
+
+    joules_per_day: float | None = Field(None, gt=0)
+    """Joules of work (all stages but waiting and idling, gross) in a day of this device's local time."""
+    only_on_mains: bool = False
+    """Take no work while a battery feeds the device."""
+    max_temperature_c: float | None = Field(None, gt=0, le=150)
+    """Take no work while a thermal zone is hotter; 5 above it, work in hand is called off."""
+    quiet_hours: tuple[str, ...] = ()
+    """Stretches of the local day in which no work is taken, like 22:00-06:30."""
+
+    @field_validator("quiet_hours", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _readable(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            stretch(text)
+        return texts
+
+
 class AgentSettings(Frozen):
     """Everything in `agent.toml`."""
 
@@ -58,3 +84,4 @@ class AgentSettings(Frozen):
     """This device's own model, where the strategy lets devices differ; else the run's is everybody's."""
     serve: ServeSettings = ServeSettings()
     energy: EnergySettings = EnergySettings()
+    limits: LimitSettings = LimitSettings()

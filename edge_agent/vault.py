@@ -7,6 +7,7 @@
       work/assignment.frame               the assignment in hand
       work/checkpoint.safetensors         where its training stands (after every epoch)
       outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet
+      joules.json                         joules of work by day, where a limit counts them
       artifacts/                          personal models (see export/package.py)
 
 Every file is written beside its place, synced and renamed, so a power cut leaves the old or the new one.
@@ -153,6 +154,10 @@ class Vault:
         """Return the assignment to go on with: the newest that arrived, or the one that was begun."""
         path = self._next if self._next.exists() else self._in_hand
         return path.read_bytes() if path.exists() else None
+
+    def begun(self, frame: bytes) -> bool:
+        """Whether this is the assignment in hand, and not one that only waits."""
+        return self._in_hand.exists() and self._in_hand.read_bytes() == frame
 
     def put_down(self) -> None:
         """Forget the assignment in hand: it is done, or was called off."""

@@ -47,6 +47,10 @@ class Stage(StrEnum):
     IDLE = "idle"
 
 
+RESTING = frozenset({Stage.WAIT, Stage.IDLE})
+"""Stages that are no work: what they take is nobody's to budget."""
+
+
 class EnergyReading(Frozen):
     """Joules and seconds of one window, with how they are known."""
 
@@ -123,6 +127,12 @@ def split_by_kind(readings: Iterable[EnergyReading]) -> dict[Kind, float]:
         if reading.joules is not None:
             sums.setdefault(reading.kind, []).append(reading.joules)
     return {kind: math.fsum(values) for kind, values in sums.items()}
+
+
+def in_words(joules: Mapping[Kind, float]) -> str:
+    """Return joules by kind as a person reads them: `41.2 J measured, 3.1 J modelled`."""
+    told = [f"{value:.1f} J {kind}" for kind, value in sorted(joules.items()) if value]
+    return ", ".join(told) or "0 J"
 
 
 def _sum(a: float | None, b: float | None) -> float | None:

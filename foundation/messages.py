@@ -6,9 +6,10 @@ fields below as a JSON header, and arrays beside it (see foundation/codec.py).
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AwareDatetime, ConfigDict, Field
 
 from foundation.artifact import Manifest
 from foundation.energy import EnergyReading, Stage
@@ -18,6 +19,21 @@ from foundation.spec import ModelSpec
 from foundation.work import LocalWork
 
 PROTOCOL = 1
+
+
+class Unavailable(Frozen):
+    """Why an agent takes no work at present: a limit of its owner's."""
+
+    cause: Literal["joules", "mains", "heat", "quiet"]
+    reason: str = Field(max_length=500)
+    """In words, without the end."""
+    until: AwareDatetime | None = None
+    """When that ends, where it is known."""
+
+    def __str__(self) -> str:
+        if self.until is None:
+            return self.reason
+        return f"{self.reason}, until {self.until.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 class AgentCard(Frozen):
@@ -42,6 +58,8 @@ class AgentCard(Frozen):
     """Address at which this device answers requests, if it serves."""
     problem: str | None = None
     """Why this agent cannot work at present, in words for its owner."""
+    unavailable: Unavailable | None = None
+    """Why it does not want to, though it could: it is not asked, and not waited for."""
 
 
 class Presence(Frozen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 from coordinator.engine import Engine
 from coordinator.live import Live
-from coordinator.settings import CoordinatorSettings, HttpSettings, RunSettings
+from coordinator.settings import BudgetSettings, CoordinatorSettings, HttpSettings, RunSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
+from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
 from edge_agent.settings import AgentSettings
 from foundation.messages import Presence
@@ -24,6 +26,7 @@ from foundation.profile import DeviceProfile
 from foundation.spec import ModelSettings
 from foundation.topics import Topics
 from foundation.transport import MemoryBroker, MemoryTransport, Transport
+from tests.metered import Metered
 from tests.toys import toy_data
 
 TOPICS = Topics("test")
@@ -58,6 +61,12 @@ class Fleet:
     dial: Dial
     run: RunSettings = field(default_factory=run_settings)
     load: Callable[[int], LocalData] = toy_data
+    budgets: BudgetSettings = field(default_factory=BudgetSettings)
+    clock: Callable[[], float] = time.time
+    metered: dict[str, Metered] = field(default_factory=dict)
+    """Agents whose joules are known; of the others nobody knows them."""
+    limits: dict[str, Callable[[Meter, Path], Limits]] = field(default_factory=dict)
+    """What makes the limits of an agent, of its meter and its vault."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -66,13 +75,19 @@ class Fleet:
     async def coordinator(self) -> None:
         """Serve until cancelled."""
         settings = CoordinatorSettings(
-            federation="test", folder=self.folder / "c", http=HttpSettings(enabled=False), run=self.run
+            federation="test",
+            folder=self.folder / "c",
+            http=HttpSettings(enabled=False),
+            run=self.run,
+            budgets=self.budgets,
         )
         will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
         with Store.open(settings.folder) as self.store:
             async with Live(self.store) as live:
                 transport = self.dial("coordinator", will)
-                self.engine = Engine(settings, transport=transport, store=self.store, live=live)
+                self.engine = Engine(
+                    settings, transport=transport, store=self.store, live=live, clock=self.clock
+                )
                 await self.engine.serve()
 
     async def agent(self, name: str, seed: int) -> None:
@@ -84,7 +99,8 @@ class Fleet:
             data=DataSettings(kind="builtin", name="digits"),
         )
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
-        with Meter(DeviceProfile.load("unknown-linux")) as meter:
+        metered, limits = self.metered.get(name), self.limits.get(name)
+        with metered.meter if metered else Meter(DeviceProfile.load("unknown-linux")) as meter:
             self.agents[name] = Agent(
                 settings,
                 transport=self.dial(name, will),
@@ -93,6 +109,8 @@ class Fleet:
                 threads=1,
                 load_data=lambda: self.load(seed),
                 retry_s=0.05,
+                carry_out=metered.carry_out if metered else None,
+                limits=limits(meter, settings.vault) if limits else None,
             )
             await self.agents[name].run()
 
@@ -131,9 +149,10 @@ async def fleet(
     dial: Dial,
     run: RunSettings | None = None,
     load: Callable[[int], LocalData] = toy_data,
+    **more: Any,
 ) -> AsyncIterator[Fleet]:
     """A coordinator and agents d0, d1, d2, all started; everything is ended on the way out."""
-    whole = Fleet(folder, dial, run or run_settings(), load)
+    whole = Fleet(folder, dial, run or run_settings(), load, **more)
     try:
         for name in ("coordinator", "d0", "d1", "d2"):
             whole.start(name)

@@ -60,6 +60,10 @@ class RoundRecord:
     opened: datetime
     closed: datetime | None = None
     metrics: Json = field(default_factory=dict)
+    eased: Json = field(default_factory=dict)
+    """By agent: with what ease it is asked, as `coordinator.easing.Ease`; most rounds have none."""
+    skipped: Json = field(default_factory=dict)
+    """By agent: why it was left out when the round was opened."""
 
     @property
     def seconds(self) -> float | None:

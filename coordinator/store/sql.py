@@ -183,18 +183,28 @@ class Store:
 
     # Rounds and states
 
-    def open_round(self, run: str, round: int, agents: Sequence[str], deadline: float) -> None:
+    def open_round(
+        self,
+        run: str,
+        round: int,
+        agents: Sequence[str],
+        deadline: float,
+        *,
+        eased: Json | None = None,
+        skipped: Json | None = None,
+    ) -> None:
         """Open a round; once more, open or closed, does nothing. `deadline` is UTC seconds since the epoch.
 
-        A round that is open already keeps the agents and the deadline it was opened with. Raises
-        `StoreError` for a run that is not known.
+        A round that is open already keeps the agents, the deadline and the decisions it was opened with.
+        Raises `StoreError` for a run that is not known.
         """
         with self._writing() as connection:
             if _one(connection, schema.runs, run=run) is None:
                 raise _no_run(run)
             if _one(connection, schema.rounds, run=run, round=round) is not None:
                 return
-            values = {"state": "open", "agents_json": dumps({"agents": list(agents)}), "deadline": deadline}
+            asked = {"agents": list(agents), "eased": eased or {}, "skipped": skipped or {}}
+            values = {"state": "open", "agents_json": dumps(asked), "deadline": deadline}
             times = {"opened": self._clock(), "closed": None, "metrics_json": "{}"}
             connection.execute(sa.insert(schema.rounds).values(run=run, round=round, **values, **times))
 
@@ -353,6 +363,26 @@ class Store:
         table = schema.updates
         query = sa.select(table).where(table.c.run == run).order_by(table.c.round, table.c.agent)
         return [(row.round, row.agent, row.summary_json) for row in self._all(query)]
+
+    def latest_of(self, runs: Collection[str], agents: Collection[str], limit: int) -> list[UpdateRecord]:
+        """Return the last updates of each of these agents in these runs, at most `limit`, newest first."""
+        table = schema.updates
+        newest = (table.c.received.desc(), table.c.round.desc())
+        place = sa.func.row_number().over(partition_by=table.c.agent, order_by=newest).label("place")
+        inner = (
+            sa.select(table, place)
+            .where(table.c.run.in_(list(runs)), table.c.agent.in_(list(agents)))
+            .subquery()
+        )
+        columns = [inner.c[column.name] for column in table.c]
+        query = sa.select(*columns).where(inner.c.place <= limit).order_by(inner.c.agent, inner.c.place)
+        return [_update(row) for row in self._all(query)]
+
+    def updates_since(self, moment: float, agents: Collection[str]) -> list[UpdateRecord]:
+        """Return what these agents sent in all runs from a moment on (UTC seconds), oldest first."""
+        table = schema.updates
+        where = (table.c.received >= moment) & table.c.agent.in_(list(agents))
+        return [_update(row) for row in self._all(sa.select(table).where(where).order_by(table.c.received))]
 
     def count_updates(self, run: str) -> int:
         """Return how many updates a run has."""
@@ -606,11 +636,14 @@ def _run(row: Row[tuple[object, ...]]) -> RunRecord:
 
 
 def _round(row: Row[tuple[object, ...]]) -> RoundRecord:
+    asked = loads(row.agents_json)
     return RoundRecord(
         run=row.run,
         round=row.round,
         state=row.state,
-        agents=tuple(loads(row.agents_json)["agents"]),
+        agents=tuple(asked["agents"]),
+        eased=asked.get("eased", {}),  # a round of an earlier version has neither
+        skipped=asked.get("skipped", {}),
         deadline=row.deadline,
         opened=_when(row.opened),
         closed=None if row.closed is None else _when(row.closed),

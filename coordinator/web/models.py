@@ -288,6 +288,10 @@ class RoundView(BaseModel):
     round: int
     state: RoundState
     agents: tuple[str, ...]
+    eased: dict[str, str]
+    """Who was asked for less, and why."""
+    skipped: dict[str, str]
+    """Who was left out when the round was opened, and why."""
     opened: datetime
     closed: datetime | None
     deadline: datetime
@@ -315,6 +319,8 @@ class RoundView(BaseModel):
             round=record.round,
             state=record.state,
             agents=record.agents,
+            eased={agent: str(ease.get("reason", "")) for agent, ease in record.eased.items()},
+            skipped={agent: str(reason) for agent, reason in record.skipped.items()},
             opened=record.opened,
             closed=record.closed,
             deadline=datetime.fromtimestamp(record.deadline, UTC),

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.settings import RunSettings
+from coordinator.settings import Budget, BudgetSettings, RunSettings
+from edge_agent.energy.meter import Meter
+from edge_agent.limits import Limits
+from edge_agent.settings import LimitSettings
 from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.transport import MemoryBroker
 from hedgerow.broker import EmbeddedBroker, find_broker
 from tests.conftest import require_service
 from tests.fleet import Dial, Fleet, fleet, memory, run_settings
+from tests.metered import Metered
 
 pytestmark = [pytest.mark.anyio, pytest.mark.broker]
 
@@ -51,6 +55,32 @@ async def test_a_run_over_a_real_broker_equals_one_in_memory(
     with EmbeddedBroker(tmp_path / "broker", prefer=kind) as broker:  # type: ignore[arg-type]
         dial = mqtt(MqttSettings.from_url(broker.url))
         assert await last_state(tmp_path / "mqtt", dial, run) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mosquitto", "nats"])
+async def test_budgets_and_limits_hold_over_a_real_broker(tmp_path: Path, kind: str) -> None:
+    """What a card says of limits, and what an eased assignment asks, survive the wire."""
+    require_service(find_broker(kind) is not None, kind)  # type: ignore[arg-type]
+
+    def quiet(meter: Meter, vault: Path) -> Limits:
+        return Limits(LimitSettings(quiet_hours=("00:00-24:00",)), meter, vault)
+
+    run = run_settings(strategy="fedavg", settings={"epochs": 4}, min_agents=2)
+    with EmbeddedBroker(tmp_path / "broker", prefer=kind) as broker:  # type: ignore[arg-type]
+        dial = mqtt(MqttSettings.from_url(broker.url))
+        more = {
+            "budgets": BudgetSettings(devices={"d1": Budget(joules=24)}),
+            "metered": {"d1": Metered()},
+            "limits": {"d2": quiet},
+        }
+        async with fleet(tmp_path / "mqtt", dial, run, **more) as whole:
+            assert await whole.finished() == "finished"
+            assert whole.store is not None
+            for number, steps in ((1, 8), (2, 4), (3, 4)):
+                updates = {u.agent: u.summary["metrics"]["steps"] for u in whole.store.updates("r", number)}
+                assert updates == {"d0": 8, "d1": steps}
+            assert whole.store.round_record("r", 3).skipped == {"d2": "it has quiet hours"}
 
 
 @pytest.mark.slow

@@ -126,6 +126,14 @@ async def test_updates_page_and_keep_their_unknowns(full: House) -> None:
     assert one[0]["wire_bytes"] == 61_440
 
 
+async def test_a_round_says_who_was_asked_for_less_and_who_was_left_out(house: House) -> None:
+    house.store.open_run(RunRecord("r", "fedavg", "{}", "{}", 1, 0))
+    eased = {"a": {"epochs": 1, "gone": None, "reason": "1 of 2 local epochs"}}
+    house.store.open_round("r", 1, ["a"], 0, eased=eased, skipped={"b": "it is offline"})
+    (round,) = (await house.client.get("/api/v1/runs/r/rounds")).json()["items"]
+    assert (round["eased"], round["skipped"]) == ({"a": "1 of 2 local epochs"}, {"b": "it is offline"})
+
+
 async def test_a_summary_of_another_version_is_unknown_not_wrong(house: House) -> None:
     house.store.open_run(RunRecord("r", "fedavg", "{}", "{}", 1, 0))
     house.store.open_round("r", 1, ["a"], 0)

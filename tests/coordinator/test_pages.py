@@ -19,7 +19,7 @@ from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web import pages
 from foundation.energy import Stage
-from foundation.messages import AgentCard, Telemetry
+from foundation.messages import AgentCard, Telemetry, Unavailable
 from tests.coordinator.filled_store import NOON, SPEC, Clock, Engine, enliven, fill
 
 VOID = {"meta", "link", "br", "input"}
@@ -143,12 +143,38 @@ async def test_modelled_joules_never_look_measured(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
+async def test_the_fleet_says_who_is_skipped_eased_or_not_available_and_why(visit: Visit) -> None:
+    for name in ("a", "b"):
+        visit.live.card(AgentCard(agent=name, version="0", profile="p", examples=1))
+    visit.live.asked("a", skipped="its 40 J are spent")
+    visit.live.asked("b", eased="1 of 2 local epochs")
+    told = words(await visit.get("/parts/fleet"))
+    assert "skipped: its 40 J are spent" in told
+    assert "eased: 1 of 2 local epochs" in told
+    visit.live.asked("b")
+    hot = Unavailable(cause="heat", reason="it is too hot: 81 °C, the limit is 75 °C")
+    visit.live.card(AgentCard(agent="a", version="0", profile="p", examples=1, unavailable=hot))
+    told = words(await visit.get("/parts/fleet"))
+    assert "not available: it is too hot: 81 °C, the limit is 75 °C" in told
+    assert "eased" not in told
+    assert "skipped" not in told
+
+
+@pytest.mark.anyio
 async def test_what_agents_say_is_escaped(visit: Visit) -> None:
     evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
     card = AgentCard(
-        agent="a", version="0", profile=evil, examples=1, problem=evil, serving="javascript:alert(1)"
+        agent="a",
+        version="0",
+        profile=evil,
+        examples=1,
+        problem=evil,
+        serving="javascript:alert(1)",
+        unavailable=Unavailable(cause="heat", reason=evil),
     )
     visit.live.card(card)
+    visit.live.card(AgentCard(agent="b", version="0", profile="p", examples=1))
+    visit.live.asked("b", skipped=evil)
     visit.live.phase("r", 1, 1, "collecting", {evil: evil})
     visit.store.open_run(RunRecord("r", evil, "{}", "{}", 1, 0))
     visit.store.set_run_state("r", "failed", evil)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from coordinator.roster import Roster
 from foundation.errors import RoundError
-from foundation.messages import AgentCard
+from foundation.messages import AgentCard, Unavailable
 from tests.toys import LABELS, SPEC, toy_card, toy_data
 
 
@@ -94,3 +95,20 @@ def test_silence_is_counted_from_the_first_mention_not_from_the_beginning_of_tim
     roster.heard("a")
     clock.now += 2
     assert roster.silent_for("a") == 2.0
+
+
+def test_who_is_at_a_limit_is_not_present_but_rests_and_says_until_when() -> None:
+    roster = Roster()
+    until = datetime(2026, 3, 2, 6, 30, tzinfo=UTC)
+    quiet = Unavailable(cause="quiet", reason="it has quiet hours", until=until)
+    a = with_card(roster, "a")
+    with_card(roster, "b", unavailable=quiet)
+    with_card(roster, "c", unavailable=quiet, shape=(1, 9, 9))
+    with_card(roster, "d", unavailable=quiet)
+    roster.entry("d").online = False
+    assert roster.present(SPEC, LABELS) == [a]
+    assert roster.resting(SPEC, LABELS) == ["b"], "the others could not work anyway"
+    assert roster.reason_against("b", SPEC, LABELS) == "it has quiet hours, until 2026-03-02 06:30 UTC"
+    reason = roster.reason_against("c", SPEC, LABELS)
+    assert reason is not None
+    assert reason.startswith("its data")

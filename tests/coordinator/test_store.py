@@ -157,6 +157,44 @@ def test_a_round_opens_once_and_closes_with_its_state(store: Store, clock: Clock
     assert store.round_record("r1", 2) is None
 
 
+def test_a_round_keeps_the_decisions_that_it_was_opened_with(store: Store) -> None:
+    store.open_run(a_run())
+    store.open_round("r1", 1, ["a"], 0, eased={"a": {"epochs": 1}}, skipped={"b": "it is offline"})
+    store.open_round("r1", 1, ["a"], 0, eased={}, skipped={})
+    kept = store.round_record("r1", 1)
+    assert kept is not None
+    assert (kept.eased, kept.skipped) == ({"a": {"epochs": 1}}, {"b": "it is offline"})
+    store.open_round("r1", 2, ["a"], 0)
+    with store._writing() as connection:  # as an earlier version wrote it
+        rounds = schema.rounds
+        old = sa.update(rounds).where(rounds.c.round == 2).values(agents_json='{"agents": ["a"]}')
+        connection.execute(old)
+    before = store.round_record("r1", 2)
+    assert before is not None
+    assert (before.agents, before.eased, before.skipped) == (("a",), {}, {})
+
+
+def test_the_last_updates_of_each_agent_and_those_of_today(store: Store, clock: Clock) -> None:
+    for run in ("r1", "r2", "other"):
+        store.open_run(a_run(run))
+        for number in (1, 2, 3):
+            store.open_round(run, number, ["a", "b"], 0)
+            for agent in ("a", "b"):
+                store.add_update(run, number, agent, b"f", {})
+            clock.now += 60
+    found = store.latest_of(["r1", "r2"], ["a", "nobody"], 4)
+    assert [(u.run, u.round, u.agent) for u in found] == [
+        ("r2", 3, "a"),
+        ("r2", 2, "a"),
+        ("r2", 1, "a"),
+        ("r1", 3, "a"),
+    ]
+    assert [u.agent for u in store.latest_of(["r1"], ["a", "b"], 1)] == ["a", "b"]
+    assert store.latest_of([], ["a"], 4) == []
+    late = store.updates_since(NOON.timestamp() + 7 * 60, ["a"])
+    assert [(u.run, u.round) for u in late] == [("other", 2), ("other", 3)]
+
+
 def test_a_round_closed_without_a_state_keeps_what_it_is_made_of(store: Store) -> None:
     store.open_run(a_run())
     store.save_initial_state("r1", b"zero")

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from coordinator.strategies.base import load_strategy
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.datasets import DataSettings, load
 from edge_agent.energy.meter import Meter
+from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.vault import Vault
 from foundation.codec import frame_of, update_from
 from foundation.errors import DataError
@@ -35,7 +37,10 @@ TOPICS = Topics("test")
 
 @contextlib.asynccontextmanager
 async def agent_on(
-    broker: MemoryBroker, folder: Path, load_data: Callable[[], LocalData]
+    broker: MemoryBroker,
+    folder: Path,
+    load_data: Callable[[], LocalData],
+    limits: Callable[[Meter], Limits] | None = None,
 ) -> AsyncIterator[Agent]:
     settings = AgentSettings(
         agent="d0", federation="test", vault=folder / "d0", data=DataSettings(kind="builtin")
@@ -50,6 +55,7 @@ async def agent_on(
             threads=1,
             load_data=load_data,
             retry_s=0.02,
+            limits=limits(meter) if limits else None,
         )
         life = asyncio.create_task(agent.run())
         try:
@@ -276,3 +282,96 @@ async def test_data_that_break_between_two_rounds_do_not_end_the_agent(tmp_path:
     async with agent_on(broker, tmp_path, unreadable):
         assert card_on(broker).problem == "data: the card was pulled out"
         assert presence_on(broker).state == "online"
+
+
+# --- limits ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class House:
+    """The surroundings of a device: the hour, and the heat of its one thermal zone."""
+
+    root: Path
+    hour: int = 12
+
+    def heat(self, degrees: float) -> None:
+        zone = self.root / "sys/class/thermal/thermal_zone0"
+        zone.mkdir(parents=True, exist_ok=True)
+        (zone / "temp").write_text(str(round(1000 * degrees)))
+
+    def limits(self, **told: object) -> Callable[[Meter], Limits]:
+        def made(meter: Meter) -> Limits:
+            def clock() -> datetime:
+                return datetime(2026, 3, 1, self.hour, tzinfo=UTC)
+
+            settings = LimitSettings(**told)  # type: ignore[arg-type]
+            return Limits(settings, meter, self.root / "d0", root=self.root, clock=clock)
+
+        return made
+
+
+async def test_quiet_hours_are_on_the_card_and_work_that_comes_is_refused(tmp_path: Path) -> None:
+    broker, house = MemoryBroker(), House(tmp_path, hour=23)
+    limits = house.limits(quiet_hours=["22:00-06:30"])
+    async with agent_on(broker, tmp_path, lambda: toy_data(0), limits) as agent, coordinator_on(broker) as c:
+        told = card_on(broker).unavailable
+        assert str(told) == "it has quiet hours, until 2026-03-02 06:30 UTC"
+        await c.ask(assignment())
+        await until(lambda: bool(c.refusals))
+        assert c.refusals[0].reason == str(told)
+        assert agent.vault.waiting() is None
+        house.hour = 7
+        await until(lambda: card_on(broker).unavailable is None)
+        await c.ask(assignment(2))
+        await until(lambda: bool(c.updates))
+
+
+async def test_work_in_hand_is_finished_in_quiet_hours_even_after_a_restart(tmp_path: Path) -> None:
+    broker, house = MemoryBroker(), House(tmp_path)
+    limits = house.limits(quiet_hours=["22:00-06:30"])
+    checkpoint = tmp_path / "d0" / "work" / "checkpoint.safetensors"
+    async with coordinator_on(broker) as c:
+        async with agent_on(broker, tmp_path, lambda: toy_data(0), limits):
+            await c.ask(assignment(epochs=100))
+            await until(checkpoint.exists)
+            house.hour = 22
+            await until(lambda: card_on(broker).unavailable is not None)
+        assert checkpoint.exists()
+        async with agent_on(broker, tmp_path, lambda: toy_data(0), limits):
+            await until(lambda: bool(c.updates))
+        assert c.refusals == []
+
+
+async def test_work_that_waited_and_was_not_begun_is_refused_after_a_restart(tmp_path: Path) -> None:
+    broker, house = MemoryBroker(), House(tmp_path, hour=22)
+    Vault(tmp_path / "d0", "d0").receive(frame_of(assignment()))
+    async with coordinator_on(broker) as c:
+        limits = house.limits(quiet_hours=["22:00-06:30"])
+        async with agent_on(broker, tmp_path, lambda: toy_data(0), limits):
+            await until(lambda: bool(c.refusals))
+
+
+async def test_work_in_hand_ends_when_it_is_far_too_hot(tmp_path: Path) -> None:
+    broker, house = MemoryBroker(), House(tmp_path)
+    house.heat(60)
+    limits = house.limits(max_temperature_c=70)
+    async with agent_on(broker, tmp_path, lambda: toy_data(0), limits), coordinator_on(broker) as c:
+        await c.ask(assignment(epochs=1000))
+        await until((tmp_path / "d0" / "work" / "checkpoint.safetensors").exists)
+        house.heat(72)
+        await until(lambda: card_on(broker).unavailable is not None)
+        assert c.refusals == [], "work that was begun goes on"
+        house.heat(76)
+        await until(lambda: bool(c.refusals))
+        assert c.refusals[0].reason == "called off: 76.0 °C is more than 5 above the limit of 70 °C"
+        house.heat(64)
+        await until(lambda: card_on(broker).unavailable is None)
+
+
+async def test_limits_that_cannot_hold_are_on_the_card(tmp_path: Path) -> None:
+    broker, house = MemoryBroker(), House(tmp_path)
+    async with agent_on(broker, tmp_path, lambda: toy_data(0), house.limits(joules_per_day=10)):
+        assert card_on(broker).problem == (
+            "limits: joules_per_day cannot hold: nobody knows this device's joules"
+        )
+        assert card_on(broker).unavailable is None
