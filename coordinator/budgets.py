@@ -104,7 +104,7 @@ def _unknown(case: Case) -> str | None:
     if case.cost(epochs_of(case.work)).joules is None:
         return "its budget of joules cannot hold: nobody knows its joules"
     if budget.joules_per_day is not None and case.today.unknown:
-        return f"its joules of today hold in part: {case.today.unknown} updates do not tell theirs"
+        return "its budget of today holds in part: some of today's updates do not tell their joules"
     return None
 
 

@@ -278,13 +278,17 @@ class Engine:
         needed = max(1, math.ceil(run.quorum * run.min_agents))
         wanted = max(min(wanted, needed), wanted - len(self.roster.resting()))
         deadline = time.monotonic() + run.grace_s
-        while len(self.roster.present()) < wanted and time.monotonic() < deadline:
+        while self._are_away(wanted) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if len(self.roster.present()) < wanted:
             await self._gather(run.model_copy(update={"min_agents": needed}))
 
+    def _are_away(self, wanted: int) -> bool:
+        """Whether some of `wanted` agents are missing; who is here and rests is not."""
+        return len(self.roster.present()) + len(self.roster.resting()) < wanted
+
     async def _gather(self, run: RunSettings) -> None:
-        deadline = time.monotonic() + run.wait_s
+        deadline, told = time.monotonic() + run.wait_s, False
         while len(present := self.roster.present()) < run.min_agents:
             resting = len(self.roster.resting())
             counts = {"present": len(present), "needed": run.min_agents}
@@ -292,7 +296,7 @@ class Engine:
                 counts["unavailable"] = resting
             if len(present) + resting >= run.min_agents:
                 # They are here, and say on their cards why they do not work yet: no reason to give up.
-                deadline = time.monotonic() + run.wait_s
+                deadline, told = time.monotonic() + run.wait_s, told or self._tell_waiting(run.name)
             self.live.phase(run.name, 0, run.rounds, "waiting for agents", counts)
             if time.monotonic() > deadline:
                 raise RoundError(
@@ -300,6 +304,12 @@ class Engine:
                     " agents, or lower min_agents"
                 )
             await asyncio.sleep(0.1)
+
+    def _tell_waiting(self, run: str) -> bool:
+        resting = self.roster.resting()
+        why = "; ".join(f"{agent}: {self.roster.reason_against(agent, None, ())}" for agent in resting)
+        self.live.emit("run_waits", f"run {run} waits for agents at their limits ({why})", run=run)
+        return True
 
     async def _state(self, course: Course, strategy: Strategy) -> State:
         run = course.settings
@@ -425,6 +435,8 @@ class Engine:
                     self._skipped(run.name, number, agent, reason)
             told = dict(choice.skipped)
             if choice.allowed:
+                for card in choice.allowed:
+                    self.live.asked(card.agent)  # what was said of the round before is over
                 self._selection.tell_unknown(run.name, number, choice.verdicts)
                 return choice
             if not choice.passing:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pydantic import ValidationError
+
 from coordinator.easing import Ease, eased
 from coordinator.settings import RunSettings
 from coordinator.store.records import RunRecord
@@ -38,15 +40,20 @@ def context_of(course: Course, cards: Sequence[AgentCard], number: int) -> Round
 
 
 def comparable(records: Sequence[RunRecord], run: str) -> list[str]:
-    """Return this run, and those before it whose steps cost the same: same model, strategy and batches."""
+    """Return this run, and those before it whose steps cost the same: same model, strategy and batches.
 
-    def steps(record: RunRecord) -> tuple[str, str, object]:
-        settings = Course.model_validate_json(record.settings_json).settings
-        batch = settings.settings.get("batch_size")
-        return record.spec_json, record.strategy, batch
+    A run whose settings this version cannot read is none of them.
+    """
 
-    mine = next(steps(record) for record in records if record.run == run)
-    return [record.run for record in records if steps(record) == mine]
+    def steps(record: RunRecord) -> tuple[str, str, object] | None:
+        try:
+            settings = Course.model_validate_json(record.settings_json).settings
+        except ValidationError:
+            return None
+        return record.spec_json, record.strategy, settings.settings.get("batch_size")
+
+    mine = next((steps(record) for record in records if record.run == run), None)
+    return [r.run for r in records if r.run == run or (mine is not None and steps(r) == mine)]
 
 
 def planned(

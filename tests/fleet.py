@@ -82,7 +82,7 @@ class Fleet:
             budgets=self.budgets,
         )
         will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
-        with Store.open(settings.folder) as self.store:
+        with Store.open(settings.folder, clock=self.clock) as self.store:
             async with Live(self.store) as live:
                 transport = self.dial("coordinator", will)
                 self.engine = Engine(

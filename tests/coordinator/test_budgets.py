@@ -120,7 +120,9 @@ def test_unknown_joules_cannot_be_bounded_but_seconds_can() -> None:
     assert verdict.ease is not None
     assert verdict.ease.epochs == 2
     part = decide(case(Budget(joules_per_day=500), today=Today({}, unknown=3)))
-    assert part.unknown == "its joules of today hold in part: 3 updates do not tell theirs"
+    assert (
+        part.unknown == "its budget of today holds in part: some of today's updates do not tell their joules"
+    )
     export = replace(rates(), export=Cost(None, 1.0))
     half = decide(case(Budget(joules=1), known=export, export=True))
     assert half.unknown is not None, "the part that is known is no bound"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.settings import Budget, BudgetSettings
+from coordinator.store.records import RunRecord
+from coordinator.web.models import StartRun
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.settings import LimitSettings
@@ -105,8 +107,7 @@ async def test_a_day_that_is_spent_ends_at_midnight(tmp_path: Path) -> None:
         "clock": lambda: now[0],
     }
     async with fleet(tmp_path, memory(MemoryBroker()), run(rounds=2), **more) as whole:
-        await until(lambda: whole.store is not None and whole.engine is not None)
-        whole.store._clock = lambda: now[0]  # updates are received on the day that the test plays
+        await until(lambda: whole.engine is not None)
         live = whole.engine.live
         await until(lambda: live.snapshot().phase == "waiting for agents" and live.snapshot().round == 2)
         why = "today's 40 J are spent (40.0 J modelled), until 00:00 UTC"
@@ -213,5 +214,22 @@ async def test_a_run_waits_for_a_fleet_that_sleeps(tmp_path: Path) -> None:
         await until(lambda: live.snapshot().detail.get("unavailable") == 3)
         await asyncio.sleep(0.3)
         assert live.snapshot().phase == "waiting for agents", "they are here: it does not give up"
+        (waits,) = await texts(whole, "run_waits")
+        assert waits.startswith("run r waits for agents at their limits (d0: it has quiet hours, until")
         hour[0] = 12
         assert await whole.finished() == "finished"
+
+
+async def test_a_second_run_knows_from_the_first_what_a_round_costs(tmp_path: Path) -> None:
+    """Same model, strategy and batches: eased from its first round on. Another batch size: asked in full."""
+    budgets = BudgetSettings(devices={"d1": Budget(joules=0.6 * FULL_J)})
+    more = {"budgets": budgets, "metered": all_metered()}
+    async with fleet(tmp_path, memory(MemoryBroker()), run(rounds=1), **more) as whole:
+        assert await whole.finished() == "finished"
+        whole.store.open_run(RunRecord("of-another-version", "fedavg", "{}", "{}", 1, 0))
+        for name, batch, expected in (("second", {}, 4.0), ("third", {"batch_size": 16}, 12.0)):
+            settings = {"epochs": EPOCHS} | batch
+            await whole.engine.start(StartRun(name=name, strategy="fedavg", settings=settings, rounds=1))
+            await until(whole.engine.finished.is_set)
+            (update,) = [u for u in whole.store.updates(name, 1) if u.agent == "d1"]
+            assert update.summary["metrics"]["steps"] == expected
