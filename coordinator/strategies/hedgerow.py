@@ -1,4 +1,4 @@
-"""Hedgerow, our own: everything is averaged, everything is kept, and gates on the device mix the two.
+"""Hedgerow, our own: gates mix the average and what a device kept; little is trained, and little sent.
 
 For every role r (attention, FFL, rest, head) a device starts a round from
 
