@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from edge_agent.agent import OFFLINE, Agent
+from edge_agent.calibration.use import calibrated, place_beside
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
 from edge_agent.memory import hold_little
@@ -32,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         prog="hedgerow agent",
         description="Train on this device's own data, and keep a personal model of it.",
         epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
-        " `hedgerow agent measure` shows what this device draws, `hedgerow agent doctor` what is missing.",
+        " `hedgerow agent measure` shows what this device draws, `hedgerow agent calibrate` fits its power"
+        " model against a meter, `hedgerow agent doctor` says what is missing.",
     )
     result.add_argument("--config", type=Path, help="agent.toml")
     result.add_argument(
@@ -53,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from edge_agent.doctor import main as doctor
 
         return doctor(words[1:])
+    if words[:1] == ["calibrate"]:
+        from edge_agent.calibrate import main as calibrate
+
+        return calibrate(words[1:])
     arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
@@ -76,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(s: AgentSettings) -> None:
-    profile = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
+    published = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
+    profile = calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)).profile
     will = (Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode())
     transport = MqttTransport(s.mqtt, f"{s.federation}-{s.agent}", will=will)
     data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)

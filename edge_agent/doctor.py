@@ -21,13 +21,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from edge_agent.energy.board import PI_BITS, throttle_bits
-from edge_agent.energy.files import NumberFile, text_of
+from edge_agent.calibration.use import calibrated, place_beside
+from edge_agent.energy.board import NOW, firmware_bits
+from edge_agent.energy.files import NumberFile
 from edge_agent.energy.ina3221 import rails_of
 from edge_agent.energy.inline_ina import meters_of
 from edge_agent.energy.rapl import FOLDER, zones_of
 from edge_agent.energy.sensor import find_sensors
 from edge_agent.settings import AgentSettings
+from edge_agent.surroundings import temperatures
 from foundation import settings
 from foundation.errors import HedgerowError, SettingsError, TransportError
 from foundation.mqtt import MqttSettings, MqttTransport
@@ -104,6 +106,8 @@ def findings(profile: DeviceProfile, root: Path, told: AgentSettings | None) -> 
     """Give all findings, in the order in which a person would mend them."""
     yield _device(profile)
     yield from energy(profile, root)
+    if told is not None:
+        yield from calibration(profile, root, told)
     yield from _heat(profile, root)
     yield _clock(time.time())
     yield _memory(profile)
@@ -141,6 +145,28 @@ def energy(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
         yield Finding(name, "good", f"{sensor.kind.value} at {sensor.scope.value}, {bar}{first}")
     if not there and profile.sensor:
         yield Finding("energy", "bad", "no source of this device's profile answers: joules will be unknown")
+
+
+def calibration(profile: DeviceProfile, root: Path, told: AgentSettings) -> Iterator[Finding]:
+    """Say whether this agent's calibration is used, and if not, why; nothing where there is no model."""
+    given, default = told.energy.calibration, place_beside(told.vault, told.agent)
+    again = "hedgerow agent calibrate --config agent.toml --meter ..."
+    try:
+        use = calibrated(profile, given, default, root=root)
+    except SettingsError as error:
+        yield Finding("calibration", "bad", f"{error}; the agent will not start", again)
+        return
+    if use.calibration is not None:
+        made, bar = use.calibration, use.calibration.model.u_rel_gross
+        forced = f", forced past {len(made.forced)} rules" if made.forced else ""
+        says = f"of {made.made:%Y-%m-%d} against {made.meter.name}, ± {bar:.1%} (k = 2){forced}: {use.path}"
+        yield Finding("calibration", "note" if made.forced else "good", says)
+    elif use.reason is not None:
+        yield Finding("calibration", "bad", f"{use.reason}; the published model is used", again)
+    elif profile.model is not None:
+        bar = profile.model.relative_gross
+        says = f"none: the power model of the profile is used, ± {bar:.0%} (k = 2)"
+        yield Finding("calibration", "note", says, again)
 
 
 def _not_there(root: Path) -> tuple[str, str]:
@@ -223,8 +249,7 @@ MISSING: dict[str, Callable[[Path], tuple[str, str]]] = {
 
 
 def _heat(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
-    texts = [text_of(zone) for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))]
-    degrees = [int(text) / 1000 for text in texts if text is not None and text.lstrip("-").isdigit()]
+    degrees = temperatures(root)
     if degrees:
         number = profile.thermal.get("throttle_c")
         limit = number.v if number is not None and isinstance(number.v, float) else 80.0
@@ -235,9 +260,9 @@ def _heat(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
             else ""
         )
         yield Finding("heat", "note" if hot else "good", f"{max(degrees):.0f} °C of {limit:.0f}", mend)
-    bits = throttle_bits(text_of(root / PI_BITS) or "")
+    bits = firmware_bits(root)
     if bits is not None:
-        now = bits & 0xF
+        now = bits & NOW
         says = "throttled or under-voltage now" if now else "not throttled now"
         yield Finding("throttling", "bad" if now else "good", f"{says} (0x{bits:x})",
                       "a better supply or cable, or cooling" if now else "")  # fmt: skip

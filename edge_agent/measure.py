@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from edge_agent.calibration.use import calibrated
 from edge_agent.energy.meter import Meter
 from edge_agent.energy.sensor import find_sensors
 from foundation.energy import EnergyReading, Stage
@@ -37,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--profile", default="auto", help="id or .toml file of a device profile (default: auto)"
+    )
+    result.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="what `hedgerow agent calibrate` wrote for this device",
     )
     result.add_argument("--seconds", type=float, help="end after so long")
     result.add_argument(
@@ -63,6 +70,10 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
         raise SettingsError("--every and --seconds must be above 0")
     root, which = arguments.root, arguments.profile
     profile = DeviceProfile.detect(root) if which == "auto" else DeviceProfile.load(which)
+    use = calibrated(profile, arguments.calibration, root=root)
+    if use.reason is not None:
+        sys.stderr.write(f"hedgerow agent measure: {use.reason}; the published power model is used\n")
+    profile = use.profile
     sensors = find_sensors(profile, root)
     if not sensors:
         sys.stderr.write(f"hedgerow agent measure: {NOTHING.format(profile=profile.id)}\n")

@@ -36,6 +36,8 @@ class EnergySettings(Frozen):
     agents_on_host: int = Field(1, ge=1)
     """With `process`: among how many agents the machine's idle power is divided."""
     rate_hz: float = Field(5.0, gt=0, le=100)
+    calibration: Path | None = None
+    """A file of `hedgerow agent calibrate`; not set: `calibration/<agent>.toml` beside the vault, if any."""
 
 
 class LimitSettings(Frozen):

@@ -26,13 +26,18 @@ def on_mains(root: Path = Path("/")) -> bool:
 
 def hottest_c(root: Path = Path("/")) -> float | None:
     """Return the temperature of the hottest thermal zone in °C; `None` where none can be read."""
+    return max(temperatures(root), default=None)
+
+
+def temperatures(root: Path = Path("/")) -> list[float]:
+    """Return the temperatures of all thermal zones that answer, in °C."""
     found = []
     for zone in sorted((root / ZONES).glob("thermal_zone*")):
         try:
             found.append(int(text_of(zone / "temp") or "") / 1000)
         except ValueError:
             continue  # a zone that is switched off has no answer; the others have
-    return max(found, default=None)
+    return found
 
 
 def _is(supply: Path, file: str, word: str) -> bool:

@@ -6,6 +6,7 @@ Every number in it says where it is from; what nobody knows is `unknown`, never 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from foundation.calibration import Calibration, ProfileFacts
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 
 UNKNOWN = "unknown-linux"
 """The profile of a machine that nobody recognised: no power model, so no joules."""
+MODEL_SENSOR = "utilisation"
+"""The sensor that reckons with `[model]`."""
 
 _VIRTUAL = re.compile(
     r"qemu|kvm|bochs|virtualbox|innotek|vmware|xen|parallels|virtual machine|amazon ec2|google compute engine"
@@ -203,6 +207,36 @@ class DeviceProfile(Frozen):
             for key, value in items.items():
                 if isinstance(value, Number):
                     yield f"{table}.{key}", value
+
+    @property
+    def facts(self) -> ProfileFacts:
+        """Its id, and a hash of what it says: comments and order of tables do not count."""
+        said = self.model_dump_json(by_alias=True, exclude_defaults=True)
+        return ProfileFacts(id=self.id, sha256=hashlib.sha256(said.encode()).hexdigest())
+
+    def calibrated(self, calibration: Calibration) -> DeviceProfile:
+        """Return this profile with the calibration's power model in place of its own.
+
+        A profile that listed no model gets it as its last sensor. Whether the calibration may be used is for
+        `Calibration.unfit` to say, with the facts of the profile as it was published.
+        """
+        fitted, scope = calibration.model, calibration.meter.scope
+        source = Source(
+            id=f"calibration-{calibration.made:%Y-%m-%d}",
+            text=f"hedgerow agent calibrate on {calibration.agent}, against {calibration.meter.name}",
+        )
+        model = PowerModel(
+            scope=scope,
+            basis="calibrated",
+            p_idle_w=Number(v=fitted.p_idle_w.v, kind="measured", scope=scope, src=source.id),
+            p_cpu_full_w=Number(v=fitted.p_full_w.v, kind="measured", scope=scope, src=source.id),
+            exponent=fitted.exponent,
+            u_rel_gross=Number(v=fitted.u_rel_gross, kind="derived", src=source.id),
+            u_rel_net=Number(v=fitted.u_rel_net, kind="derived", src=source.id),
+        )
+        listed = any(entry.name == MODEL_SENSOR for entry in self.sensor)
+        sensors = self.sensor if listed else (*self.sensor, SensorEntry(name=MODEL_SENSOR))
+        return self.model_copy(update={"model": model, "sensor": sensors, "source": (*self.source, source)})
 
     @classmethod
     def load(cls, which: str | Path) -> DeviceProfile:

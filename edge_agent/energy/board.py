@@ -13,6 +13,8 @@ from edge_agent.energy.files import NumberFile, text_of
 PI_BITS = "sys/devices/platform/soc/soc:firmware/get_throttled"
 UNDER_VOLTAGE, CAPPED, THROTTLED, SOFT_LIMIT = 1, 2, 4, 8
 """The Raspberry Pi firmware's bits of this moment; the same ones 16 higher say that it has happened."""
+NOW = UNDER_VOLTAGE | CAPPED | THROTTLED | SOFT_LIMIT
+EVER = NOW << 16
 SUPPLY = "sys/class/power_supply"
 
 
@@ -24,11 +26,16 @@ def throttle_bits(text: str) -> int | None:
         return None
 
 
+def firmware_bits(root: Path) -> int | None:
+    """Return the Raspberry Pi firmware's bits; `None` where nothing says."""
+    return throttle_bits(text_of(root / PI_BITS) or "")
+
+
 class Board:
     """The present state of one board."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._bits = root / PI_BITS if (root / PI_BITS).exists() else None
+        self._root = root if (root / PI_BITS).exists() else None
         counters = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
         self._counters = [NumberFile(path) for path in sorted(counters)]
         self._mains = [
@@ -48,7 +55,7 @@ class Board:
     def flags(self) -> tuple[str, ...]:
         """Return what happened since the last call, or holds now, as flags of a reading."""
         found = []
-        bits = throttle_bits(text_of(self._bits) or "") if self._bits is not None else None
+        bits = firmware_bits(self._root) if self._root is not None else None
         if bits is not None and bits & UNDER_VOLTAGE:
             found.append("under_voltage")
         count, before = self._count(), self._throttled

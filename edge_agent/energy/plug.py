@@ -23,6 +23,8 @@ from foundation.errors import SettingsError
 STALE_PERIODS = 3
 MOST_W = 1e5
 """No plug carries more: such a number is an error."""
+MOST_J = 1e15
+"""No plug has counted more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Plug(ABC):
         self.last: Reading | None = None
         self.breaks = 0
         """How often the plug's total went backwards: it was reset, and what was lost is unknown."""
+        self.step_j: float | None = None
+        """Smallest step of its total, from the decimals that it writes; `None` before it has told one."""
         self._told: object = None
 
     @property
@@ -82,6 +86,15 @@ class Plug(ABC):
         self.last = Reading(now_s, watts, joules)
         return self.last
 
+    def _total(self, value: Any, unit_j: float) -> float | None:
+        """Return a total in joules, and note the finest step that it was ever written with."""
+        number = _number(value)
+        if number is None or number > MOST_J / unit_j:
+            return None
+        step = unit_j * 10.0 ** -len(str(value).strip().partition(".")[2])
+        self.step_j = step if self.step_j is None else min(step, self.step_j)
+        return number * unit_j
+
     def watts(self, now_s: float) -> float | None:
         """Return the last reading's watts; `None` once the plug has been silent for three periods."""
         if self.last is None or now_s - self.last.time_s > STALE_PERIODS * self.period_s:
@@ -110,8 +123,8 @@ class Tasmota(Plug):
         message = json.loads(payload)
         message = message.get("StatusSNS", message)
         energy = message["ENERGY"]
-        total = _number(self._of(energy.get("Total")))
-        return message.get("Time"), _watts(self._of(energy.get("Power"))), _times(total, 3.6e6)
+        total = self._total(self._of(energy.get("Total")), 3.6e6)
+        return message.get("Time"), _watts(self._of(energy.get("Power"))), total
 
     def _of(self, value: Any) -> Any:
         """Return this channel's value of a plug that has several."""
@@ -137,7 +150,7 @@ class Shelly1(Plug):
     def _told_by(self, topic: str, payload: bytes) -> tuple[object, float | None, float | None] | None:
         power, energy = self.topics
         if topic == energy:
-            self._joules = _times(_number(payload.decode()), 60.0)
+            self._joules = self._total(payload.decode(), 60.0)
             return None, self.last.watts if self.last else None, self._joules
         return (None, _watts(payload.decode()), self._joules) if topic == power else None
 
@@ -170,7 +183,7 @@ class Shelly2(Plug):
             return None
         self._state = {**self._state, **changed}
         energy = self._state.get("aenergy") or {}
-        total = _times(_number(energy.get("total")), 3600.0)
+        total = self._total(energy.get("total"), 3600.0)
         stamp = message["params"].get("ts") if topic == events else None
         return stamp, _watts(self._state.get("apower")), total
 
@@ -207,7 +220,3 @@ def _number(value: Any) -> float | None:
 def _watts(value: Any) -> float | None:
     number = _number(value)
     return number if number is not None and number <= MOST_W else None
-
-
-def _times(number: float | None, factor: float) -> float | None:
-    return None if number is None else number * factor

@@ -21,6 +21,9 @@ from foundation.profile import DeviceProfile, PowerModel
 _WINDOW_S = 0.05
 """Shortest time to take a utilisation over: the kernel counts CPU time in steps of 10 ms."""
 
+FLAGS = {"placeholder": ("placeholder_model",), "calibrated": ("calibrated",)}
+"""What a reading says of the model that it was made with."""
+
 Seconds = Callable[[], float | None]
 """Cumulative CPU seconds; `None` for an error."""
 
@@ -42,7 +45,7 @@ class Utilisation:
         self.u_rel_net: float | None = model.relative_net
         self.offset_w = self.delay_s = 0.0
         self.sampled_w: float | None = None
-        self.flags: tuple[str, ...] = ("placeholder_model",) if model.basis == "placeholder" else ()
+        self.flags: tuple[str, ...] = FLAGS.get(model.basis, ())
         self.breaks = 0
         self._model = model
         self._busy = busy or machine_busy_seconds

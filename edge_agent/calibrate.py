@@ -1,0 +1,329 @@
+"""`hedgerow agent calibrate`: this device's own power model, fitted against a meter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edge_agent.calibration import host
+from edge_agent.calibration.fit import fit, model_of, sensor_of
+from edge_agent.calibration.judge import Breach, breaches
+from edge_agent.calibration.loads import NOT_MEASURED, Load, plan
+from edge_agent.calibration.meters import HOW, NEEDS, CalibrationMeter, meter_of
+from edge_agent.calibration.session import Session, Timing
+from edge_agent.calibration.use import FOLDER, place_beside
+from edge_agent.energy.sensor import EnergySensor, find_sensors
+from edge_agent.settings import AgentSettings
+from edge_agent.vault import write_atomic
+from foundation import settings
+from foundation.calibration import Calibration, MeterFacts, Step
+from foundation.energy import Kind, Scope
+from foundation.errors import HedgerowError, SensorError, SettingsError
+from foundation.mqtt import MqttSettings
+from foundation.profile import DeviceProfile
+
+REFUSED = 3
+QUICK_IDLE_S = 60.0
+EPILOG = f"""\
+Meters: {HOW}.
+  A plug: calibrate it with a resistive load first, put nothing else on it. Tasmota: WattRes 2, EnergyRes 5,
+  TelePeriod 10. It is never told to switch. A log (csv:) has the columns time_s (seconds since 1970, UTC) and
+  watts; it may grow meanwhile, or be put there afterwards.
+  Taken without --scope and --accuracy: plugs, csv and manual wall_ac, sysfs board_dc; 2 % at k = 2.
+
+Steps: idle three times; 25, 50, 75 and 100 % of the cores with matrix products; all cores half and all of the
+  time; memory-bound; and training as an agent does it. Each settles (60 s) and is held (60 s, sysfs 20 s;
+  longer where a plug needs 50 pulses; idle 120 s). About 25 minutes, 20 with sysfs; --quick 16 and 13.
+  Training and one step of the processor are not fitted: they judge the fit.
+  Not measured: {", ".join(NOT_MEASURED)}.
+
+Stop the agent and other programs first. Ends with 0 if the calibration was written, 3 if it was refused.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(
+        prog="hedgerow agent calibrate",
+        description="Fit this device's own power model against a meter, and write it for the agent to use.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--meter", required=True, help="what measures this device's power, see below")
+    add("--config", type=Path, help="agent.toml: its name, profile, broker and vault are taken")
+    add("--profile", help="id or .toml file of a device profile (default: the config's, or auto)")
+    add("--agent", help="name of this agent (default: the config's, or the host's)")
+    add("--out", type=Path, help=f"file to write (default: {FOLDER}/AGENT.toml, beside the config's vault)")
+    add("--scope", choices=[scope.value for scope in Scope], help="where the meter sits")
+    add("--accuracy", type=float, metavar="X", help="relative error of the meter at k = 2, as 0.02")
+    add("--quick", action="store_true", help="idle, four steps of the processor and training; idle 60 s")
+    add("--settle", type=float, metavar="S", help="seconds before each hold (default: what the meter needs)")
+    add("--hold", type=float, metavar="S", help="seconds of each hold (default: what the meter needs)")
+    add("--seed", type=int, default=0, help="of the order of the steps (default: 0)")
+    add(
+        "--force",
+        action="store_true",
+        help="accept short holds, a busy idle, and an idle far from the profile's",
+    )
+    add("--wait", type=float, default=3600.0, metavar="S", help="csv: how long to wait for the log's end")
+    add("--mqtt-host", help="the plug's broker (default: the config's, or 127.0.0.1)")
+    add("--mqtt-port", type=int)
+    add("--mqtt-username", metavar="USER")
+    add("--mqtt-password-file", type=Path, metavar="FILE", help="the password and nothing else")
+    add("--mqtt-tls", action="store_true", default=None)
+    add("--mqtt-ca-file", type=Path, metavar="FILE")
+    add("--json", action="store_true", help="what was written or refused as JSON, for machines")
+    add("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
+    return result
+
+
+def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Calibrate; returns the exit code: 3 where the result was refused."""
+    arguments = parser().parse_args(argv)
+    console = console or Console(stderr=True)
+    try:
+        return _calibrate(arguments, console)
+    except HedgerowError as error:
+        sys.stderr.write(f"hedgerow agent calibrate: {error}\n")
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("hedgerow agent calibrate: stopped; nothing was written\n")
+        return 130
+
+
+def _calibrate(arguments: argparse.Namespace, console: Console) -> int:
+    told = _told(arguments.config)
+    which = arguments.profile or (told.profile if told else "auto")
+    profile = DeviceProfile.detect(arguments.root) if which == "auto" else DeviceProfile.load(which)
+    agent = arguments.agent or (told.agent if told else socket.gethostname().split(".")[0] or "agent")
+    out = arguments.out or (place_beside(told.vault, agent) if told else Path(FOLDER) / f"{agent}.toml")
+    meter = meter_of(
+        arguments.meter,
+        _broker(arguments, told),
+        scope=Scope(arguments.scope) if arguments.scope else None,
+        accuracy=_accuracy(arguments.accuracy),
+        wait_s=arguments.wait,
+        say=console.print,
+    )
+    timing = _timing(arguments, meter)
+    sensor = _own_sensor(profile, arguments)
+    threads = (told.threads if told else None) or profile.agent.threads_of(os.cpu_count() or 1)
+    loads = plan(arguments.seed, quick=arguments.quick)
+    with meter.opened():
+        meter.check()
+        _announce(console, profile, meter, sensor, loads)
+        steps = _measured(console, arguments, meter, sensor, timing, threads, loads)
+    made, broken = _made(arguments, agent, profile, meter, sensor, steps)
+    place = out if not made.refused else out.with_name(f"{out.stem}.refused.toml")
+    write_atomic(place, made.toml().encode())
+    _report(arguments, console, made, broken, place)
+    return REFUSED if made.refused else 0
+
+
+def _told(config: Path | None) -> AgentSettings | None:
+    return settings.load(AgentSettings, config, os.environ, (), prefix="AGENT")[0] if config else None
+
+
+def _broker(arguments: argparse.Namespace, told: AgentSettings | None) -> MqttSettings:
+    keys = ("host", "port", "username", "password_file", "tls", "ca_file")
+    given = {key: value for key in keys if (value := getattr(arguments, f"mqtt_{key}")) is not None}
+    base = told.mqtt.model_dump(exclude_unset=True) if told else {}
+    if "password_file" in given:
+        base.pop("password", None)
+    try:
+        return MqttSettings.model_validate({**base, **given})
+    except ValidationError as error:
+        problems = "; ".join(item["msg"] for item in error.errors(include_input=False))
+        raise SettingsError(f"the broker's options do not fit together: {problems}") from None
+
+
+def _accuracy(accuracy: float | None) -> float | None:
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise SettingsError("--accuracy is a share above 0, as 0.02 for 2 %")
+    return accuracy
+
+
+def _timing(arguments: argparse.Namespace, meter: CalibrationMeter) -> Timing:
+    """Return the seconds of each step; refuses what is too short for the meter, unless forced."""
+    needs = NEEDS[meter.kind]
+    least = {"--settle": needs.settle_s, "--hold": needs.hold_s}
+    for option, given in (("--settle", arguments.settle), ("--hold", arguments.hold)):
+        if given is not None and (given < 0 or (option == "--hold" and given < 1)):
+            raise SettingsError(f"{option} {given:g} is no time: holds need a second at least")
+        if given is not None and given < least[option] and not arguments.force:
+            raise SettingsError(
+                f"{option} {given:g} is too short for {meter.name}, which needs {least[option]:g} s: leave it"
+                " out, or accept worse figures with --force"
+            )
+    return Timing(
+        arguments.settle, arguments.hold, QUICK_IDLE_S if arguments.quick else None, arguments.force
+    )
+
+
+def _own_sensor(profile: DeviceProfile, arguments: argparse.Namespace) -> EnergySensor | None:
+    """Return the sensor that the agent counts, if it measures and is not the very meter."""
+    found = next(iter(find_sensors(profile, arguments.root)), None)
+    if found is None or found.kind is not Kind.MEASURED:
+        return None
+    same = found.name == "inline_ina" and arguments.meter.startswith("sysfs:")
+    return None if same else found
+
+
+def _announce(
+    console: Console,
+    profile: DeviceProfile,
+    meter: CalibrationMeter,
+    sensor: EnergySensor | None,
+    loads: Sequence[Load],
+) -> None:
+    console.print(
+        f"{profile.title} [dim]({profile.id})[/dim] against {meter.name}, taken as {meter.scope.value}"
+        f" ± {meter.accuracy:.1%} (k = 2)"
+    )
+    if sensor is not None:
+        console.print(f"its own sensor {sensor.name} ({sensor.scope.value}) is compared with the meter")
+    console.print(f"[dim]{len(loads)} steps: {', '.join(load.name for load in loads)}[/dim]")
+
+
+def _measured(
+    console: Console,
+    arguments: argparse.Namespace,
+    meter: CalibrationMeter,
+    sensor: EnergySensor | None,
+    timing: Timing,
+    threads: int,
+    loads: Sequence[Load],
+) -> tuple[Step, ...]:
+    """Run all steps with a bar that says which one is on and how long it will be."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=meter.kind == "manual") as progress:
+        bar = progress.add_task("begins", total=None)
+        seen: list[tuple[str, str]] = []
+
+        def tell(load: Load, what: str, done: float, seconds: float) -> None:
+            if done < 0.05:
+                seen.append((load.name, what))
+            _advance(progress, bar, f"{load.name}: {what}", done, seconds, len(seen), 2 * len(loads))
+
+        session = Session(meter, sensor, timing=timing, threads=threads, root=arguments.root, tell=tell)
+        return session.run(loads)
+
+
+def _advance(
+    progress: Progress, bar: TaskID, what: str, done: float, seconds: float, stage: int, stages: int
+) -> None:
+    share = (max(0, stage - 1) + done / max(seconds, 1e-9)) / stages
+    progress.update(bar, description=f"{(stage + 1) // 2}/{stages // 2} {what}", total=1.0, completed=share)
+
+
+def _made(
+    arguments: argparse.Namespace,
+    agent: str,
+    profile: DeviceProfile,
+    meter: CalibrationMeter,
+    sensor: EnergySensor | None,
+    steps: tuple[Step, ...],
+) -> tuple[Calibration, list[Breach]]:
+    """Fit and judge; returns the file's content and every rule that it breaks."""
+    facts = MeterFacts(name=meter.name, kind=meter.kind, scope=meter.scope, accuracy=meter.accuracy)
+    try:
+        model = model_of(fit(steps, meter.accuracy), steps, meter.accuracy)
+    except SensorError as error:
+        seen = "; ".join(f"{step.name} {step.utilisation:.0%} {step.watts:.2f} W" for step in steps)
+        raise SensorError(f"{error} (seen: {seen})") from error
+    broken = breaches(steps, model, facts, profile)
+    lets_pass = [breach for breach in broken if breach.may_force and arguments.force]
+    made = Calibration(
+        schema=1,
+        agent=agent,
+        made=datetime.now(UTC).replace(microsecond=0),
+        hedgerow=version("hedgerow"),
+        seed=arguments.seed,
+        quick=arguments.quick,
+        not_measured=NOT_MEASURED,
+        forced=tuple(map(str, lets_pass)),
+        refused=tuple(str(breach) for breach in broken if breach not in lets_pass),
+        device=host.facts(arguments.root),
+        profile=profile.facts,
+        meter=facts,
+        model=model,
+        sensor=sensor_of(steps, meter.accuracy, sensor.name, sensor.scope) if sensor else None,
+        step=steps,
+    )
+    return made, broken
+
+
+def _report(
+    arguments: argparse.Namespace,
+    console: Console,
+    made: Calibration,
+    broken: Sequence[Breach],
+    place: Path,
+) -> None:
+    if arguments.json:
+        rules = [asdict(breach) for breach in broken]
+        verdict = {"accepted": not made.refused, "file": str(place), "breaches": rules}
+        told: dict[str, Any] = made.model_dump(mode="json", by_alias=True)
+        sys.stdout.write(json.dumps({**verdict, **told}) + "\n")
+        return
+    console.print(table_of(made))
+    model = made.model
+    console.print(
+        f"idle {model.p_idle_w.v:.3f} ± {model.p_idle_w.u:.3f} W, full {model.p_full_w.v:.3f} ±"
+        f" {model.p_full_w.u:.3f} W, exponent {model.exponent:g}; hold-out off by {model.hold_out_error:.1%};"
+        f" error bars ± {model.u_rel_gross:.1%} of all joules, ± {model.u_rel_net:.1%} above idle (k = 2)"
+    )
+    if made.sensor is not None:
+        console.print(
+            f"meter = {made.sensor.gain.v:.3f} x {made.sensor.name} {made.sensor.offset_w.v:+.3f} W, off by"
+            f" up to {made.sensor.error:.1%} [dim](written down, not applied)[/dim]"
+        )
+    for breach in broken:
+        mark = "[red]refused[/red]" if str(breach) in made.refused else "[yellow]forced[/yellow]"
+        console.print(f"{mark} {breach}\n  [dim]{breach.mend}[/dim]")
+    if made.refused:
+        console.print(f"not accepted; what was seen is in {place}, which no agent uses")
+    else:
+        console.print(
+            f"written to {place}: an agent finds it beside its vault, or by energy.calibration; see it with"
+            f" `hedgerow agent measure --profile {made.profile.id} --calibration {place}`"
+        )
+
+
+def table_of(made: Calibration) -> Table:
+    """Return the steps as a table, with what the model says of each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("step")
+    for name in ("busy", "W", "±", "model", "off", "s", "°C"):
+        table.add_column(name, justify="right")
+    table.add_column("remarks")
+    model = made.model
+    for step in made.step:
+        said = model.p_idle_w.v + (model.p_full_w.v - model.p_idle_w.v) * step.utilisation**model.exponent
+        table.add_row(
+            step.name,
+            f"{step.utilisation:.1%}",
+            f"{step.watts:.2f}",
+            f"{step.u_w:.2f}",
+            f"{said:.2f}",
+            f"{said / step.watts - 1:+.1%}" if step.watts else "?",
+            f"{step.seconds:.0f}",
+            "?" if step.temperature_c is None else f"{step.temperature_c:.0f}",
+            "hold-out" if step.hold_out else "",
+        )
+    return table

@@ -1,0 +1,172 @@
+"""The load steps of a calibration: which, in what order, and the child processes that carry them out.
+
+Children are pinned to cores, in a process group of their own, and end with this process whatever ends it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Self
+
+import psutil
+
+from foundation.calibration import Block
+from foundation.errors import HedgerowError
+from foundation.process import bound_to_parent
+
+READY_S = 180.0
+"""torch takes half a minute to load on the slowest boards."""
+MOST_MIB = 64
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+NOT_MEASURED = (
+    "frequency steps (the clock runs as the governor lets it)",
+    "a GPU's load",
+    "network traffic",
+)
+"""What this calibration says nothing about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One kind and amount of load."""
+
+    name: str
+    block: Block
+    busy: float = 0.0
+    """Share of all cores that is meant to be busy; what was busy is measured."""
+    hold_out: bool = False
+
+
+IDLE = Load("idle", "idle")
+CORES = tuple(
+    Load(f"cores-{percent}", "cores", percent / 100, hold_out=percent == 75) for percent in (25, 50, 75, 100)
+)
+MORE = (Load("duty-50", "duty", 0.5), Load("duty-100", "duty", 1.0), Load("memory-100", "memory", 1.0))
+TRAINING = Load("training", "training", 1.0, hold_out=True)
+
+
+def plan(seed: int, *, quick: bool = False) -> tuple[Load, ...]:
+    """Return the loads in an order drawn from a seed, with idle first, in the middle and last."""
+    loads = [*CORES, TRAINING] if quick else [*CORES, *MORE, TRAINING]
+    random.Random(seed).shuffle(loads)
+    middle = len(loads) // 2
+    return (IDLE, *loads[:middle], IDLE, *loads[middle:], IDLE)
+
+
+def commands(load: Load, cores: Sequence[int], threads: int) -> list[list[str]]:
+    """Return the programs that make a load: one for each core, or the trainer on so many threads."""
+    kernel = [sys.executable, "-m", "edge_agent.calibration.load"]
+    match load.block:
+        case "idle":
+            return []
+        case "training":
+            return [[sys.executable, "-m", "edge_agent.training.load", "--threads", str(threads)]]
+        case "duty":
+            duties = [load.busy] * len(cores)
+        case "memory":
+            free = psutil.virtual_memory().available >> 20
+            mib = max(2, min(MOST_MIB, free // (4 * len(cores))))
+            return [[*kernel, "memory", "--core", str(core), "--mib", str(mib)] for core in cores]
+        case "cores":
+            duties = duties_of(load.busy, len(cores))
+    return [
+        [*kernel, "matmul", "--core", str(core), "--duty", f"{duty:g}"]
+        for core, duty in zip(cores, duties, strict=False)
+    ]
+
+
+def duties_of(busy: float, cores: int) -> list[float]:
+    """Return what each used core does: whole cores, and one for the part of a core that is left."""
+    whole, part = divmod(busy * cores, 1.0)
+    return [1.0] * math.floor(whole) + ([part] if part > 0.01 else [])
+
+
+def usable_cores() -> list[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(psutil.cpu_count() or 1))
+
+
+class Running:
+    """A load while it runs: `with Running(commands) as load:` returns once every child is at work."""
+
+    def __init__(self, programs: Sequence[Sequence[str]]) -> None:
+        self._programs = programs
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._errors: list[IO[bytes]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for program in self._programs:
+                self._start(program)
+            deadline = time.monotonic() + READY_S
+            for child in self._children:
+                self._wait(child, deadline)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pids(self) -> list[int]:
+        """The children."""
+        return [child.pid for child in self._children]
+
+    def check(self) -> None:
+        """Raise `HedgerowError` with its last words if a child has ended."""
+        for child, said in zip(self._children, self._errors, strict=True):
+            if child.poll() is not None:
+                said.seek(0)
+                words = said.read()[-2000:].decode(errors="replace").strip()
+                raise HedgerowError(f"a load ended by itself with code {child.returncode}: {words}")
+
+    def stop(self) -> None:
+        """End all children."""
+        for child in self._children:
+            child.kill()
+        for child, said in zip(self._children, self._errors, strict=True):
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+            said.close()
+        self._children, self._errors = [], []
+
+    def _start(self, program: Sequence[str]) -> None:
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child; stop() closes it
+        self._errors.append(said)
+        self._children.append(
+            subprocess.Popen(
+                bound_to_parent(program),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env={**os.environ, **({} if "edge_agent.training.load" in program else ONE_THREAD)},
+                process_group=0,  # so that Ctrl-C reaches us, and we end them
+            )
+        )
+
+    def _wait(self, child: subprocess.Popen[bytes], deadline: float) -> None:
+        assert child.stdout is not None
+        while not select.select([child.stdout], [], [], 0.1)[0]:
+            self.check()
+            if time.monotonic() > deadline:
+                raise HedgerowError(f"a load did not begin within {READY_S:g} s")
+        if child.stdout.readline().strip() != b"ready":
+            child.wait()
+            self.check()

@@ -1,0 +1,72 @@
+"""Which calibration an agent has, and whether it may use it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edge_agent.calibration.host import facts
+from foundation.calibration import Calibration, read_calibration
+from foundation.errors import SettingsError
+from foundation.profile import DeviceProfile
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "calibration"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A profile, and what became of the calibration that was meant for it."""
+
+    profile: DeviceProfile
+    """With the calibration's model where that may be used, else as published."""
+    path: Path | None = None
+    """The file; `None` where there is none."""
+    calibration: Calibration | None = None
+    """What is used; `None` where it is not."""
+    reason: str | None = None
+    """Why it is not used."""
+
+
+def place_beside(vault: Path, agent: str) -> Path:
+    """Return where an agent's calibration is looked for, and written, unless its settings say otherwise."""
+    return vault.parent / FOLDER / f"{agent}.toml"
+
+
+def calibrated(
+    profile: DeviceProfile,
+    given: Path | None,
+    default: Path | None = None,
+    *,
+    root: Path = Path("/"),
+    now: datetime | None = None,
+) -> Use:
+    """Return the profile with the calibration of `given`, or of `default` if that file is there.
+
+    One that has expired, or was made for something else, is not used, with a warning that says why. Raises
+    `SettingsError` for a given file that is not there or damaged.
+    """
+    path = given if given is not None else default
+    if path is None or (given is None and not path.is_file()):
+        return Use(profile)
+    try:
+        found = read_calibration(path)
+    except SettingsError as error:
+        if given is not None:
+            raise
+        return _unused(profile, path, str(error))
+    reason = found.unfit(profile.facts, facts(root), now or datetime.now(UTC))
+    if reason is not None:
+        return _unused(profile, path, f"the calibration {path} {reason}")
+    return Use(profile.calibrated(found), path, found)
+
+
+def _unused(profile: DeviceProfile, path: Path, reason: str) -> Use:
+    logger.warning(
+        "a calibration is not used, the published power model is",
+        extra={"reason": reason, "do": "hedgerow agent calibrate"},
+    )
+    return Use(profile, path, None, reason)

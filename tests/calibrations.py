@@ -1,0 +1,79 @@
+"""Calibrations without a meter: steps of a known power model, and the file they make."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from edge_agent.calibration.fit import fit, model_of
+from edge_agent.calibration.host import facts
+from edge_agent.calibration.loads import Load, plan
+from foundation.calibration import Calibration, MeterFacts, Step
+from foundation.energy import Scope
+from foundation.profile import DeviceProfile
+
+METER = MeterFacts(name="shelly:plug", kind="plug", scope=Scope.WALL_AC, accuracy=0.02)
+MADE = datetime(2026, 5, 1, 12, tzinfo=UTC)
+IDLE_W, FULL_W = 2.4, 6.2
+
+
+def step_of(load: Load, watts: float, utilisation: float, **more: Any) -> Step:
+    usual: dict[str, Any] = {
+        "name": load.name,
+        "block": load.block,
+        "hold_out": load.hold_out,
+        "start": MADE,
+        "settle_s": 60,
+        "seconds": 59.0,
+        "hold_s": 60.0,
+        "least_hold_s": 60.0,
+        "utilisation": utilisation,
+        "watts": watts,
+        "u_w": 0.002 * watts,
+        "how": "counter",
+        "samples": 60,
+        "temperature_c": 61.0,
+        "throttled": False,
+    }
+    return Step.model_validate({**usual, **more})
+
+
+def steps_of(
+    *,
+    seed: int = 0,
+    noise: float = 0.01,
+    exponent: float = 1.0,
+    memory_w: float = 0.0,
+    quick: bool = False,
+    idle_w: float = IDLE_W,
+    full_w: float = FULL_W,
+) -> list[Step]:
+    """Holds of 60 one-second readings, each with noise, at utilisations near those that are meant."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for load in plan(seed, quick=quick):
+        u = float(np.clip((0.75 if load.block == "training" else load.busy) + rng.uniform(0, 0.03), 0, 1))
+        watts = idle_w + (full_w - idle_w) * u**exponent + memory_w * (load.block == "memory")
+        seen = float(np.mean(watts * rng.normal(1, noise, 60)))
+        steps.append(step_of(load, seen, u, u_w=2 * noise * watts / 60**0.5))
+    return steps
+
+
+def calibration_of(steps: list[Step] | None = None, **more: Any) -> Calibration:
+    """A calibration of this very machine for the Raspberry Pi 4's profile."""
+    steps = steps or steps_of()
+    usual: dict[str, Any] = {
+        "schema": 1,
+        "agent": "pi",
+        "made": MADE,
+        "hedgerow": "0.1.0",
+        "seed": 0,
+        "device": facts(),
+        "profile": DeviceProfile.load("raspberry-pi-4b").facts,
+        "meter": METER,
+        "model": model_of(fit(steps, METER.accuracy), steps, METER.accuracy),
+        "step": tuple(steps),
+    }
+    return Calibration.model_validate({**usual, **more})
