@@ -204,7 +204,7 @@ def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
     for word in arguments:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"{block}: {verb} has no {word}"
-    if verb in MODELS:
+    if verb in MODELS and not tool:
         given = [after for word, after in itertools.pairwise(arguments) if word == "--set"]
         file = tmp_path / "it.toml"
         file.write_text(example(verb).text)
@@ -220,7 +220,7 @@ def options_of(verb: str, *after: str) -> set[str]:
     if declared:
         return declared | {"--help", "-h"}
     # Verbs that pass their options on say them themselves.
-    return set(re.findall(r"--?[a-z][\w-]*", CliRunner().invoke(app, [verb, "--help"]).output))
+    return set(re.findall(r"--?[a-z][\w-]*", CliRunner().invoke(app, [verb, *tool, "--help"]).output))
 
 
 @pytest.fixture(scope="module")
