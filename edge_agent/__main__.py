@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from edge_agent.agent import OFFLINE, Agent
-from edge_agent.calibration.use import calibrated, place_beside
+from edge_agent.calibration.use import calibrated, logged, place_beside
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
 from edge_agent.memory import hold_little
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(s: AgentSettings) -> None:
     published = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
-    profile = calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)).profile
+    profile = logged(calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)))
     will = (Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode())
     transport = MqttTransport(s.mqtt, f"{s.federation}-{s.agent}", will=will)
     data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)

@@ -218,6 +218,8 @@ def _measured(
         def tell(load: Load, what: str, done: float, seconds: float) -> None:
             if done < 0.05:
                 seen.append((load.name, what))
+                if meter.kind == "manual":  # a bar would hide the question
+                    console.print(f"{(len(seen) + 1) // 2}/{len(loads)} {load.name}: {what}, {seconds:.0f} s")
             _advance(progress, bar, f"{load.name}: {what}", done, seconds, len(seen), 2 * len(loads))
 
         session = Session(meter, sensor, timing=timing, threads=threads, root=arguments.root, tell=tell)

@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from edge_agent.calibration.use import calibrated, place_beside
+from edge_agent.calibration.use import Use, calibrated, place_beside
 from edge_agent.energy.board import NOW, firmware_bits
 from edge_agent.energy.files import NumberFile
 from edge_agent.energy.ina3221 import rails_of
@@ -105,9 +105,10 @@ def _settings(path: Path) -> AgentSettings:
 def findings(profile: DeviceProfile, root: Path, told: AgentSettings | None) -> Iterator[Finding]:
     """Give all findings, in the order in which a person would mend them."""
     yield _device(profile)
-    yield from energy(profile, root)
+    use = _use(profile, root, told)
+    yield from energy(use.profile, root)
     if told is not None:
-        yield from calibration(profile, root, told)
+        yield from calibration(use)
     yield from _heat(profile, root)
     yield _clock(time.time())
     yield _memory(profile)
@@ -147,15 +148,20 @@ def energy(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
         yield Finding("energy", "bad", "no source of this device's profile answers: joules will be unknown")
 
 
-def calibration(profile: DeviceProfile, root: Path, told: AgentSettings) -> Iterator[Finding]:
-    """Say whether this agent's calibration is used, and if not, why; nothing where there is no model."""
+def _use(profile: DeviceProfile, root: Path, told: AgentSettings | None) -> Use:
+    """Return which calibration that agent would use; none is looked for without its settings."""
+    if told is None:
+        return Use(profile)
     given, default = told.energy.calibration, place_beside(told.vault, told.agent)
-    again = "hedgerow agent calibrate --config agent.toml --meter ..."
     try:
-        use = calibrated(profile, given, default, root=root)
+        return calibrated(profile, given, default, root=root)
     except SettingsError as error:
-        yield Finding("calibration", "bad", f"{error}; the agent will not start", again)
-        return
+        return Use(profile, given, reason=f"{error}; the agent will not start with it")
+
+
+def calibration(use: Use) -> Iterator[Finding]:
+    """Say whether an agent's calibration is used, and if not, why; nothing where there is no model."""
+    again = "hedgerow agent calibrate --config agent.toml --meter ..."
     if use.calibration is not None:
         made, bar = use.calibration, use.calibration.model.u_rel_gross
         forced = f", forced past {len(made.forced)} rules" if made.forced else ""
@@ -163,8 +169,8 @@ def calibration(profile: DeviceProfile, root: Path, told: AgentSettings) -> Iter
         yield Finding("calibration", "note" if made.forced else "good", says)
     elif use.reason is not None:
         yield Finding("calibration", "bad", f"{use.reason}; the published model is used", again)
-    elif profile.model is not None:
-        bar = profile.model.relative_gross
+    elif use.profile.model is not None:
+        bar = use.profile.model.relative_gross
         says = f"none: the power model of the profile is used, ± {bar:.0%} (k = 2)"
         yield Finding("calibration", "note", says, again)
 

@@ -46,8 +46,8 @@ def calibrated(
 ) -> Use:
     """Return the profile with the calibration of `given`, or of `default` if that file is there.
 
-    One that has expired, or was made for something else, is not used, with a warning that says why. Raises
-    `SettingsError` for a given file that is not there or damaged.
+    One that has expired, or was made for something else, is not used, for the reason that comes with it.
+    Raises `SettingsError` for a given file that is not there or damaged.
     """
     path = given if given is not None else default
     if path is None or (given is None and not path.is_file()):
@@ -57,16 +57,21 @@ def calibrated(
     except SettingsError as error:
         if given is not None:
             raise
-        return _unused(profile, path, str(error))
+        return Use(profile, path, reason=str(error))
     reason = found.unfit(profile.facts, facts(root), now or datetime.now(UTC))
     if reason is not None:
-        return _unused(profile, path, f"the calibration {path} {reason}")
+        return Use(profile, path, reason=f"the calibration {path} {reason}")
     return Use(profile.calibrated(found), path, found)
 
 
-def _unused(profile: DeviceProfile, path: Path, reason: str) -> Use:
-    logger.warning(
-        "a calibration is not used, the published power model is",
-        extra={"reason": reason, "do": "hedgerow agent calibrate"},
-    )
-    return Use(profile, path, None, reason)
+def logged(use: Use) -> DeviceProfile:
+    """Return the profile to use, and log which calibration it has, or why it has none."""
+    if use.reason is not None:
+        logger.warning(
+            "a calibration is not used, the published power model is",
+            extra={"reason": use.reason, "do": "hedgerow agent calibrate"},
+        )
+    elif use.calibration is not None:
+        made, bar = use.calibration.made, use.calibration.model.u_rel_gross
+        logger.info("calibrated", extra={"file": str(use.path), "made": f"{made:%Y-%m-%d}", "u_rel": bar})
+    return use.profile

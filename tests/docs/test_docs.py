@@ -200,7 +200,8 @@ def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
         return
     verb, arguments = words[1], words[2:]
     assert verb in COMMANDS
-    options = options_of(verb, *arguments[:1])
+    tool = [word for word in arguments[:1] if not word.startswith("-")]
+    options = options_of(verb, *tool)
     for word in arguments:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"{block}: {verb} has no {word}"
@@ -211,10 +212,10 @@ def test_commands_exist(block: Block, words: list[str], tmp_path: Path) -> None:
         settings.load(MODELS[verb], file, None, given)
 
 
-def options_of(verb: str, *after: str) -> set[str]:
+def options_of(verb: str, *tool: str) -> set[str]:
     command = COMMANDS[verb]
     if inner := getattr(command, "commands", None):
-        (word,) = after
+        (word,) = tool
         command = inner[word]
     declared = {option for parameter in command.params for option in parameter.opts}
     if declared:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from edge_agent.__main__ import main
 from edge_agent.calibration.host import throttled_between, usb_ids
-from edge_agent.calibration.use import calibrated, place_beside
+from edge_agent.calibration.use import calibrated, logged, place_beside
 from edge_agent.doctor import findings
 from edge_agent.energy.meter import Meter
 from edge_agent.energy.sensor import find_sensors
@@ -57,7 +59,7 @@ def test_one_that_has_expired_is_not_used_and_the_log_says_why(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         use = calibrated(PI4, written(tmp_path / "pi.toml"), now=MADE + timedelta(days=200))
-    assert use.profile is PI4
+        assert logged(use) is PI4
     assert "200 days old" in (use.reason or "")
     (record,) = caplog.records
     assert "200 days old" in record.reason  # type: ignore[attr-defined]
@@ -101,6 +103,20 @@ def test_only_what_happened_meanwhile_counts_as_throttled(
     before: int | None, after: int | None, slowed: bool | None
 ) -> None:
     assert throttled_between(before, after) is slowed
+
+
+def test_an_agent_does_not_start_with_one_that_is_not_there(tmp_path: Path) -> None:
+    keys = {
+        "agent": "pi",
+        "vault": tmp_path / "vault",
+        "data.name": "digits",
+        "energy.calibration": "gone.toml",
+    }
+    sets = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "edge_agent", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "the calibration gone.toml cannot be read" in done.stderr
 
 
 # --- doctor ----------------------------------------------------------------------------------------
