@@ -26,7 +26,6 @@ from foundation.errors import SensorError
 from foundation.mqtt import MqttSettings
 from foundation.process import bound_to_parent
 from foundation.profile import DeviceProfile
-from tests.conftest import require_service
 from tests.processes import until
 from tests.scripted_plug import LIE_W
 
@@ -106,7 +105,8 @@ def test_a_known_power_model_is_recovered(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    require_service(quiet(), "processor that is not busy with other work")
+    if not quiet():
+        pytest.skip("the processor was busy with other work for a minute: idle cannot be told from load")
     kind, name = ("tasmota", "plug3") if meter.startswith("mqtt:") else ("shelly", "shellyplusplugs-1")
     heard, out = plug(kind, name), tmp_path / "calibration" / "pi.toml"
     command = [sys.executable, "-m", "edge_agent", "calibrate", "--meter", meter]
