@@ -251,7 +251,7 @@ async def test_reordering_alone_sends_little_twice() -> None:
     async with line(shelf, up={"seed": 1, "delay": 0.2, "delay_s": 0.001}, resend_s=1) as ends:
         delivery = await ends.edge.send(UP, frame, deadline_s=10)
     assert shelf.frames[0][1] == frame
-    assert delivery.resent <= 20
+    assert delivery.resent <= 40  # a fifth of the parts is late; chance may make it more
 
 
 async def test_a_frame_waits_out_an_outage() -> None:
