@@ -57,6 +57,9 @@ def opset_of(model: bytes) -> int | None:
 
 def complaints(model: bytes) -> Iterator[str]:
     """Yield what a self-contained model of standard operators does not have."""
+    for number, value in fields(memoryview(model)):
+        if number == _MODEL_OPSET and (domain := _text(value, _OPSET_DOMAIN)) not in STANDARD:
+            yield f"the model uses operators of {domain}"
     yield from _walk("model", memoryview(model), 0)
 
 

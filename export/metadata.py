@@ -16,7 +16,19 @@ from foundation.errors import ExportError
 PROBE_SHA256 = "probe_sha256"
 
 # Known only once the model's bytes are, so they cannot be inside of them.
-_AFTERWARDS = frozenset({"sha256", "bytes", "dense_bytes", "parity", "latency_ms", "dense_latency_ms"})
+_AFTERWARDS = frozenset(
+    {
+        "sha256",
+        "bytes",
+        "dense_bytes",
+        "parity",
+        "latency_ms",
+        "dense_latency_ms",
+        "validation",
+        "validation_examples",
+        "int8",
+    }
+)
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
