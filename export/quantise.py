@@ -72,6 +72,9 @@ def judged(candidate: Candidate, *, insist: bool) -> tuple[Int8, bytes]:
     answers are not kept. Raises `ExportError` for a model in which there is nothing to quantise.
     """
     c = candidate
+    if not insist and (examples := 0 if c.validation is None else c.validation.y.size) < LEAST_EXAMPLES:
+        why = f"{examples} validation examples prove nothing; {LEAST_EXAMPLES} are needed"
+        return Int8(used=False, why=why), c.float32
     model = min((dynamic(c.source, largest=r) for r in RANGES), key=lambda one: _distance(one, c.probe))
     facts: dict[str, float | int | None] = {"bytes": len(model), "float_bytes": len(c.float32)}
     session = open_session(model)
@@ -86,7 +89,7 @@ def judged(candidate: Candidate, *, insist: bool) -> tuple[Int8, bytes]:
         facts["float_accuracy"] = accuracy_of(open_session(c.float32), c.validation)
     facts["latency_ms"], facts["float_latency_ms"] = latency(model, c.float32, c.probe.inputs[:1])
     figures = Int8(used=True, why="asked for" if insist else "faster here, and as accurate", **facts)
-    if insist or (against := next(_against(figures, c.validation), None)) is None:
+    if insist or (against := next(_against(figures), None)) is None:
         return figures, model
     return figures.model_copy(update={"used": False, "why": against}), model
 
@@ -95,10 +98,9 @@ def _distance(model: bytes, probe: Probe) -> float:
     return float(np.abs(answers(open_session(model), probe.inputs) - probe.logits).max())
 
 
-def _against(figures: Int8, validation: Validation | None) -> Iterator[str]:
-    examples = 0 if validation is None else validation.y.size
-    if examples < LEAST_EXAMPLES or figures.accuracy is None or figures.float_accuracy is None:
-        yield f"{examples} validation examples prove nothing; {LEAST_EXAMPLES} are needed"
+def _against(figures: Int8) -> Iterator[str]:
+    if figures.accuracy is None or figures.float_accuracy is None:
+        yield "accuracy is not known"
         return
     if (drop := figures.float_accuracy - figures.accuracy) > LARGEST_DROP:
         yield f"accuracy drops by {100 * drop:.1f} points; {100 * LARGEST_DROP:.1f} are allowed"

@@ -28,6 +28,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -284,7 +285,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write beside, sync, rename: a key is there whole or not at all."""
+    """Write beside, sync, link: a key is there whole or not at all; of two makers the first one's stays."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.unlink(missing_ok=True)
@@ -292,7 +293,9 @@ def _write(path: Path, content: bytes, mode: int) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        with suppress(FileExistsError):
+            path.hardlink_to(beside)
+        beside.unlink()
     except OSError as error:
         raise SignatureError(f"the key {path} cannot be written: {error}") from error
 

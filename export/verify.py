@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from export import form
 from export.graph import INPUT, LOGITS, PROBABILITIES
-from export.proof import RUNTIME_ERRORS, Parity, answers, open_session, prove
+from export.proof import LARGEST_BATCH, RUNTIME_ERRORS, Parity, answers, open_session, prove
 from foundation.artifact import Probe
 from foundation.errors import ProofFailed
 from foundation.parameters import Array
@@ -79,8 +79,11 @@ def accuracy_of(session: ort.InferenceSession, validation: Validation) -> float 
     if not len(validation.y):
         return None
     wanted = np.int64 if "int64" in session.get_inputs()[0].type else np.float32
-    found = answers(session, np.asarray(validation.x, wanted)).argmax(-1)
-    return float((found == validation.y).mean())
+    right = 0
+    for i in range(0, len(validation.y), LARGEST_BATCH):
+        x, y = validation.x[i : i + LARGEST_BATCH], validation.y[i : i + LARGEST_BATCH]
+        right += int((answers(session, np.asarray(x, wanted)).argmax(-1) == y).sum())
+    return right / validation.y.size
 
 
 def attention_runs(opset: int) -> bool:
