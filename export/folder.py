@@ -27,7 +27,18 @@ import numpy as np
 from pydantic import ValidationError
 
 from export import form, metadata
-from export.sign import LARGEST_SIGNATURE_BYTES, SIGNATURE, Key, Keys, Signatures, parse, sign, verify
+from export.sign import (
+    LARGEST_SIGNATURE_BYTES,
+    SIGNATURE,
+    Key,
+    Keys,
+    Signature,
+    Signatures,
+    fits,
+    parse,
+    sign,
+    verify,
+)
 from foundation.artifact import Manifest, Probe
 from foundation.errors import ExportError
 from foundation.parameters import Array
@@ -133,10 +144,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def _signatures(files: Mapping[str, bytes], key: Key, signer: str, target: Path) -> bytes:
     """Return `signature.json` for new files.
 
-    Where the same model is written again, perhaps measured anew, the signature of the manifest that is
-    there stays beside the new one, so that a kill between the two leaves a signed artifact.
+    Where the same model is written again, perhaps measured anew, the signature that fits what is there stays
+    beside the new one, so that a kill between two files leaves a signed artifact.
     """
-    before = parse(_read(target, SIGNATURE))[:1] if (target / SIGNATURE).exists() else ()
+    before: tuple[Signature, ...] = ()
+    if (target / SIGNATURE).exists():
+        there = read_files(target)
+        before = tuple(s for s in parse(there[SIGNATURE]) if fits(s, there, key))[:1]
     signatures = Signatures(signatures=(sign(files, key, signer), *before))
     return signatures.model_dump_json(indent=1).encode()
 

@@ -67,7 +67,9 @@ def export_artifact(
     Raises `ExportError` when something does not fit together or the disk refuses, and `ProofFailed` when
     the model does not answer as the probe does; in both cases `current` is what it was.
     """
-    _check_inputs(spec, labels, probe)
+    if len(labels) != spec.classes or len(set(labels)) != spec.classes:
+        raise ExportError(f"{spec.classes} classes need as many different labels, not {len(set(labels))}")
+    check_probe(spec.input, spec.shape, labels, probe)
     small = cut(parameters, masks)
     draft = Manifest(
         agent=agent,
@@ -199,16 +201,17 @@ def _facts(draft: Manifest, probe_file: bytes) -> dict[str, str]:
     }
 
 
-def _check_inputs(spec: ModelSpec, labels: Sequence[str], probe: Probe) -> None:
-    if len(labels) != spec.classes or len(set(labels)) != spec.classes:
-        raise ExportError(f"{spec.classes} classes need as many different labels, not {len(set(labels))}")
-    wanted, text = (np.int64, True) if spec.input == "text" else (np.float32, False)
+def check_probe(input: str, shape: tuple[int, ...], labels: Sequence[str], probe: Probe) -> None:
+    """Raise `ExportError` for labels that repeat, or a probe of another type or shape than the model's."""
+    if len(set(labels)) != len(labels):
+        raise ExportError(f"there are {len(labels)} labels, and {len(set(labels))} different ones")
+    wanted, text = (np.int64, True) if input == "text" else (np.float32, False)
     inputs, logits = probe.inputs, probe.logits
     if inputs.dtype != wanted:
         raise ExportError(f"the probe's inputs are {inputs.dtype}; the model takes {np.dtype(wanted)}")
-    if inputs.ndim != 1 + len(spec.shape) or (inputs.shape[1:] != spec.shape and not text):
-        raise ExportError(f"the probe's inputs have shape {inputs.shape[1:]}; the spec says {spec.shape}")
-    answers = (*inputs.shape, spec.classes) if text else (len(inputs), spec.classes)
+    if inputs.ndim != 1 + len(shape) or (inputs.shape[1:] != shape and not text):
+        raise ExportError(f"the probe's inputs have shape {inputs.shape[1:]}; the spec says {shape}")
+    answers = (*inputs.shape, len(labels)) if text else (len(inputs), len(labels))
     if logits.shape != answers:
         raise ExportError(f"the probe's logits have shape {logits.shape}; {answers} fits its inputs")
     if not (np.isfinite(inputs).all() and np.isfinite(logits).all()):

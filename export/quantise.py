@@ -5,7 +5,9 @@ Every product with a constant matrix becomes, in standard operators that onnxrun
     y = (x_q - z) W_q * (s_x * s_w) ,      W_q = round(W / s_w) in -r..r ,   s_w = max|W| / r
 
 with one s_w for each column of W, and scale s_x and zero point z of the activations found at every run
-(DynamicQuantizeLinear). Products of two activations, as in attention, stay float32. Processors without an
+(DynamicQuantizeLinear). Products of two activations, as in attention, stay float32, and so does the first
+product of raw values: their channels differ in scale, and one scale for all would leave nothing of the small
+ones. Processors without an
 8-bit dot product (x86 before VNNI) add two products in 16 bits, which overflow at r = 127 and cannot at
 r = 64: both are written, and the one that answers closer to the probe on this device is taken.
 
@@ -39,6 +41,13 @@ LEAST_EXAMPLES = 50
 """With fewer, no wrong answer more says less than a drop under 6 points (95 %): nothing is proven."""
 LEAST_GAIN = 0.95
 """8-bit weights have to run in at most this share of the float model's time; less gain is noise."""
+
+
+# What leaves raw values raw.
+_AS_IT_CAME = frozenset(
+    {"Add", "Cast", "Div", "Flatten", "Identity", "Mul", "Pad", "Reshape", "Slice", "Squeeze", "Sub"}
+    | {"Transpose", "Unsqueeze"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +121,14 @@ def _against(figures: Int8) -> Iterator[str]:
 
 
 def dynamic(model: bytes, *, largest: int = 127) -> bytes:
-    """Return the model with 8-bit weights in every MatMul and Gemm with a constant matrix.
+    """Return the model with 8-bit weights in every MatMul and Gemm of activations with a constant matrix.
 
     Weights become -`largest`..`largest`. Names, metadata and interface stay, and the same model gives the
     same bytes. Raises `ExportError` when there is no such product.
     """
     proto = onnx.load_model_from_string(model)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    rewriting = _Rewriting(weights, largest)
+    rewriting = _Rewriting(weights, largest, {tensor.name for tensor in proto.graph.input})
     nodes = [fresh for node in proto.graph.node for fresh in rewriting.of(node)]
     if not rewriting.added:
         raise ExportError("the model has no product with a constant matrix: there is nothing to quantise")
@@ -135,15 +144,19 @@ def dynamic(model: bytes, *, largest: int = 127) -> bytes:
 class _Rewriting:
     """Replaces one node after the other; what is quantised once is used again."""
 
-    def __init__(self, weights: dict[str, onnx.TensorProto], largest: int) -> None:
+    def __init__(self, weights: dict[str, onnx.TensorProto], largest: int, raw: set[str]) -> None:
         self._weights, self._largest = weights, largest
+        self._raw = raw - weights.keys()
+        """Tensors that are the input, in other shapes or another scale."""
         self._activations: set[str] = set()
         self.added: dict[str, onnx.TensorProto] = {}
 
     def of(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return what stands in a node's place: itself, or the nodes of a product in integers."""
+        if node.op_type in _AS_IT_CAME and node.input[0] in self._raw:
+            self._raw.add(node.output[0])
         matrix = self._matrix(node)
-        if matrix is None:
+        if matrix is None or node.input[0] in self._raw:
             return [node]
         x, name, output = node.input[0], node.name or node.output[0], node.output[0]
         weight, scale = self._quantised(node.input[1], matrix)

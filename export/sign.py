@@ -228,12 +228,18 @@ def verify(files: Mapping[str, bytes], keys: Keys) -> Signer:
         names = ", ".join(f"{s.signer} (key {s.key})" for s in signatures)
         raise UnknownSigner(f"the artifact is signed by {names}, whose key is not among the trusted ones")
     for signature, key in known:
-        if key.right(_message(files, signature), bytes.fromhex(signature.value)):
+        if fits(signature, files, key):
             return Signer(signature.signer, signature.key, signature.algorithm)
     wrong = known[0][0]
     raise SignatureWrong(
         f"the signature of {wrong.signer} (key {wrong.key}) does not fit the artifact: a file was changed"
     )
+
+
+def fits(signature: Signature, files: Mapping[str, bytes], key: Key) -> bool:
+    """Whether a key made this signature of these files."""
+    named = (signature.key, signature.algorithm) == (key.id, key.algorithm)
+    return named and key.right(_message(files, signature), bytes.fromhex(signature.value))
 
 
 def check(folder: Path, keys: Keys) -> Signer:

@@ -552,7 +552,7 @@ def export(
 ) -> None:
     """Export a device's model from the coordinator: what it would send that device next.
 
-    That is the whole model with fedavg, fedprox, fedtp, pfl_tpp and pfedhn. With strategies that leave a
+    That is the whole model with fedavg, fedprox, fedtp, pfedhn and pfedla. With strategies that leave a
     part on the device, or let it choose its model, the device has the only whole copy:
     `hedgerow agent export --config agent.toml -o DIR` there.
 

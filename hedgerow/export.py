@@ -167,10 +167,10 @@ def _not_here(a: Assignment) -> Iterator[str]:
     names = [name for name, _ in weights_of(a.spec)]
     own = sorted({str(role_of(n)) for n in names if a.work.keeps(n)})
     if own:
-        yield f"its {' and '.join(own)} never leave the device"
+        yield f"the {' and '.join(own)} never left the device"
     lacking = sorted({str(role_of(n)) for n in names if n not in a.parameters})
     if lacking and not a.work.initial:
-        yield f"its {' and '.join(lacking)} is not sent down"
+        yield f"the {' and '.join(lacking)} never left the device"
     if a.masks:
         yield "units that are not sent any more are the device's own"
 
