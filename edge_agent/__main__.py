@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train on this device's own data, and keep a personal model of it.",
         epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
         " `hedgerow agent measure` shows what this device draws, `hedgerow agent doctor` what is missing,"
-        " `hedgerow agent export` writes its last model as ONNX.",
+        " `hedgerow agent export -o DIR` writes its last model as ONNX.",
     )
     result.add_argument("--config", type=Path, help="agent.toml")
     result.add_argument(

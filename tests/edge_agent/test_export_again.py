@@ -38,9 +38,8 @@ def model() -> LastModel:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "agent.toml"
-    file.write_text(
-        f'agent = "kitchen"\nvault = "{tmp_path / "vault"}"\n[data]\nkind = "npz"\npath = "{tmp_path}/d.npz"\n'
-    )
+    lines = (f'vault = "{tmp_path}/vault"', "[data]", 'kind = "npz"', f'path = "{tmp_path}/d.npz"')
+    file.write_text("\n".join(('agent = "kitchen"', *lines)))
     (tmp_path / "vault").mkdir()
     return file
 
