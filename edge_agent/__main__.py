@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         description="Train on this device's own data, and keep a personal model of it.",
         epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
         " `hedgerow agent measure` shows what this device draws, `hedgerow agent calibrate` fits its power"
-        " model against a meter, `hedgerow agent doctor` says what is missing.",
+        " model against a meter, `hedgerow agent doctor` says what is missing, `hedgerow agent export -o DIR`"
+        " writes its last model as ONNX.",
     )
     result.add_argument("--config", type=Path, help="agent.toml")
     result.add_argument(
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from edge_agent.calibrate import main as calibrate
 
         return calibrate(words[1:])
+    if words[:1] == ["export"]:
+        from edge_agent.export_again import main as export
+
+        return export(words[1:])
     arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
@@ -101,6 +106,7 @@ async def _run(s: AgentSettings) -> None:
             threads=s.threads or profile.agent.threads_of(os.cpu_count() or 1),
             load_data=partial(load_data, s.data, data_dir, s.vault / "stream"),
             interface=InterfaceMeter(s.mqtt.host, s.mqtt.port),
+            int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
         )
         task = asyncio.ensure_future(agent.run())

@@ -19,13 +19,15 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import psutil
 from pydantic import ValidationError
 
 from edge_agent.answer import arrived, kept, to_send, weights_of
 from edge_agent.energy.meter import Meter
+from edge_agent.last_model import Facts, LastModel
+from edge_agent.last_model import save as save_last
 from edge_agent.limits import Limits
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
@@ -177,6 +179,7 @@ class Agent:
         carry_out: CarryOut | None = None,
         interface: InterfaceMeter | None = None,
         limits: Limits | None = None,
+        int8: Literal["auto", "on", "off"] = "off",
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
@@ -184,6 +187,7 @@ class Agent:
         device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
         `interface` counts the bytes of the way to the broker.
         `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
+        `int8` says whether exported weights become 8-bit integers (export/quantise.py).
         """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
@@ -199,6 +203,7 @@ class Agent:
         self._training = training or self._owned
         self._carry_out = carry_out
         self._interface = interface
+        self._int8: Literal["auto", "on", "off"] = int8
         self._seen_run: str | None = None
         self._data: LocalData | None = None
         self._problem: str | None = None
@@ -527,45 +532,64 @@ class Agent:
         spent: EnergyReading,
     ) -> tuple[Manifest | None, str | None]:
         """Export if asked; a failure is told with the update, which is worth sending all the same."""
+        if not (a.export or a.last):
+            return None, None
+        model = self._whole(a, spec, data, outcome, spent)
+        save_last(self.vault.folder, model)
         if not a.export:
             return None, None
         try:
-            manifest = self._export(a, spec, data, outcome, spent)
+            manifest = self._export(model, data)
         except HedgerowError as error:
             logger.error("export failed", extra={"round": a.round, "reason": str(error)})
             return None, f"export: {error}"[:2000]
         return manifest, None
 
-    def _export(
+    def _whole(
         self,
         a: Assignment,
         spec: ModelSpec,
         data: LocalData,
         outcome: trainer_module.Outcome,
         spent: EnergyReading,
-    ) -> Manifest:
+    ) -> LastModel:
+        facts = Facts(
+            agent=self.name,
+            run=a.run,
+            round=a.round,
+            strategy=a.strategy,
+            spec=spec,
+            normalisation=data.normalisation,
+            labels=data.labels,
+            accuracy_sent=outcome.metrics["accuracy_sent"],
+            accuracy=outcome.metrics["accuracy"],
+            trained=spent,
+        )
+        return LastModel(facts, outcome.parameters, outcome.masks, outcome.probe)
+
+    def _export(self, model: LastModel, data: LocalData) -> Manifest:
         from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
+        from export.sign import DEVICE_KEY, DeviceKey
+        from export.verify import Validation
 
         self.standing.stage = Stage.EXPORT
+        part, f = data.validation, model.facts
         with self.meter.stage(Stage.EXPORT):
-            manifest = export_artifact(
-                spec,
-                outcome.parameters,
-                outcome.masks,
-                data.normalisation,
-                data.labels,
-                outcome.probe,
+            return export_artifact(
+                *(f.spec, model.parameters, model.masks, f.normalisation, f.labels, model.probe),
                 self.vault.artifacts,
-                agent=self.name,
-                run=a.run,
-                round=a.round,
-                strategy=a.strategy,
-                accuracy_sent=outcome.metrics["accuracy_sent"],
-                accuracy=outcome.metrics["accuracy"],
-                train_joules=spent.joules,
-                train_joules_kind=spent.kind,
+                agent=f.agent,
+                run=f.run,
+                round=f.round,
+                strategy=f.strategy,
+                accuracy_sent=f.accuracy_sent,
+                accuracy=f.accuracy,
+                train_joules=f.trained.joules if f.trained else None,
+                train_joules_kind=f.trained.kind if f.trained else Kind.NONE,
+                validation=Validation(part.x, part.y) if len(part.y) else None,
+                int8=self._int8,
+                key=DeviceKey.load(self.vault.folder / DEVICE_KEY, make=True),
             )
-        return manifest
 
     async def _refuse(self, assignment: Assignment, reason: str) -> None:
         logger.warning("refused", extra={"round": assignment.round, "reason": reason})

@@ -28,6 +28,14 @@ class ServeSettings(Frozen):
     """0 lets the system choose; the card says which."""
 
 
+class ExportSettings(Frozen):
+    """How the personal model is exported."""
+
+    int8: Literal["auto", "on", "off"] = "auto"
+    """8-bit weights: `auto` takes them where the profile says that they may pay, and where they are proven
+    to be faster on this device and as accurate on its validation data."""
+
+
 class EnergySettings(Frozen):
     """How joules are counted."""
 
@@ -84,6 +92,7 @@ class AgentSettings(Frozen):
     data: DataSettings
     model: ModelSettings | None = None
     """This device's own model, where the strategy lets devices differ; else the run's is everybody's."""
+    export: ExportSettings = ExportSettings()
     serve: ServeSettings = ServeSettings()
     energy: EnergySettings = EnergySettings()
     limits: LimitSettings = LimitSettings()

@@ -7,6 +7,8 @@
       work/assignment.frame               the assignment in hand
       work/checkpoint.safetensors         where its training stands (after every epoch)
       outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet
+      last_model.safetensors              the last whole model, to export again (edge_agent/last_model.py)
+      signing.key                         signs this device's artifacts (export/sign.py)
       joules.json                         joules of work by day, where a limit counts them
       artifacts/                          personal models (see export/package.py)
 
@@ -115,14 +117,14 @@ class Vault:
         meta: dict[str, Any] = {"round": personal.round, "pruning_steps": personal.pruning_steps}
         if personal.trained is not None:
             meta["trained"] = personal.trained.model_dump(mode="json")
-        self._save(self._personal(run, personal.round), personal.parameters, meta)
+        write_arrays(self._personal(run, personal.round), personal.parameters, meta)
         for old in sorted(self._rounds(run))[:-2]:
             self._personal(run, old).unlink()
 
     def personal(self, run: str, before: int) -> Personal | None:
         """Return the newest own parameters of a round under `before`; a corrupt file is passed over."""
         for number in sorted((r for r in self._rounds(run) if r < before), reverse=True):
-            loaded = self._load(self._personal(run, number))
+            loaded = read_arrays(self._personal(run, number))
             if loaded is not None:
                 parameters, meta = loaded
                 trained = EnergyReading(**meta["trained"]) if "trained" in meta else None
@@ -182,11 +184,11 @@ class Vault:
 
     def save_checkpoint(self, arrays: Mapping[str, Array], counters: Mapping[str, float]) -> None:
         """Keep where the training of the work in hand stands."""
-        self._save(self._checkpoint, arrays, dict(counters))
+        write_arrays(self._checkpoint, arrays, dict(counters))
 
     def checkpoint(self) -> tuple[Parameters, dict[str, float]] | None:
         """Return where the training of the work in hand stands."""
-        loaded = self._load(self._checkpoint) if self._checkpoint.exists() else None
+        loaded = read_arrays(self._checkpoint) if self._checkpoint.exists() else None
         return None if loaded is None else (loaded[0], {k: float(v) for k, v in loaded[1].items()})
 
     @property
@@ -217,29 +219,29 @@ class Vault:
     def _outgoing(self, run: str, number: int) -> Path:
         return self.folder / "outbox" / f"{run}~{number:06d}.frame"
 
-    # --- files ---------------------------------------------------------------------------------
 
-    def _save(self, path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        told = json.dumps(dict(meta))
-        header = {"meta": told, "order": json.dumps([*contiguous]), "sha256": _digest(contiguous, told)}
-        write_atomic(path, save_arrays(contiguous, header))
+def write_arrays(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+    """Write arrays and facts to a file that knows its own digest, atomically."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    told = json.dumps(dict(meta))
+    header = {"meta": told, "order": json.dumps([*contiguous]), "sha256": _digest(contiguous, told)}
+    write_atomic(path, save_arrays(contiguous, header))
 
-    def _load(self, path: Path) -> tuple[Parameters, dict[str, Any]] | None:
-        try:
-            data = path.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
-            arrays = load_arrays(data)
-            ordered = Parameters((name, arrays[name]) for name in json.loads(header["order"]))
-            if _digest(ordered, header["meta"]) != header["sha256"]:
-                raise ValueError("its contents are not what was written")
-            return ordered, json.loads(header["meta"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning(
-                "vault file unreadable, passed over", extra={"file": path.name, "error": str(error)}
-            )
-            return None
+
+def read_arrays(path: Path) -> tuple[Parameters, dict[str, Any]] | None:
+    """Read what `write_arrays` wrote; `None`, and a line in the log, when it is not that."""
+    try:
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        arrays = load_arrays(data)
+        ordered = Parameters((name, arrays[name]) for name in json.loads(header["order"]))
+        if _digest(ordered, header["meta"]) != header["sha256"]:
+            raise ValueError("its contents are not what was written")
+        return ordered, json.loads(header["meta"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        logger.warning("vault file unreadable, passed over", extra={"file": path.name, "error": str(error)})
+        return None
 
 
 def _digest(arrays: Mapping[str, Array], meta: str) -> str:

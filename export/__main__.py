@@ -14,7 +14,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from export.graph import OPSET, OPSETS
 from export.package import export_artifact
+from export.sign import DeviceKey
+from export.verify import Validation
 from foundation.artifact import Probe
 from foundation.errors import ExportError
 from foundation.normalisation import Normalisation
@@ -56,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=float, help="largest difference of a logit; default from the probe"
     )
+    parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS)
+    parser.add_argument("--int8", choices=["auto", "on", "off"], default="off", help="8-bit weights")
+    parser.add_argument("--validation", type=Path, help="npz with raw `x` and the right `y`")
+    parser.add_argument("--probabilities", action="store_true", help="a second output: softmax of the logits")
+    parser.add_argument("--key", type=Path, help="sign with this key file of 32 bytes")
     return parser
 
 
@@ -81,6 +89,11 @@ def _export(options: argparse.Namespace) -> str:
         round=options.round,
         strategy=options.strategy,
         tolerance=options.tolerance,
+        opset=options.opset,
+        int8=options.int8,
+        probabilities=options.probabilities,
+        validation=Validation(**_arrays(options.validation)) if options.validation else None,
+        key=DeviceKey.load(options.key) if options.key else None,
     )
     return manifest.model_dump_json(indent=1)
 

@@ -4,7 +4,7 @@
       current   -> <sha256>        what is served; a link, replaced atomically
       previous  -> <sha256>        the last good one, to fall back to
       <sha256>/                    named after the bytes of model.onnx
-        model.onnx  manifest.json  probe.npz
+        model.onnx  manifest.json  probe.npz  signature.json (where there is a key: export/sign.py)
 
 An artifact is written to a hidden folder, flushed to the disk, and renamed into place; only then does
 `current` move. Neither onnx nor onnxruntime is needed here.
@@ -26,7 +26,19 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from export import metadata
+from export import form, metadata
+from export.sign import (
+    LARGEST_SIGNATURE_BYTES,
+    SIGNATURE,
+    Key,
+    Keys,
+    Signature,
+    Signatures,
+    fits,
+    parse,
+    sign,
+    verify,
+)
 from foundation.artifact import Manifest, Probe
 from foundation.errors import ExportError
 from foundation.parameters import Array
@@ -35,7 +47,12 @@ MODEL, MANIFEST, PROBE = "model.onnx", "manifest.json", "probe.npz"
 CURRENT, PREVIOUS = "current", "previous"
 
 # Bounds for reading: far above any model of this family, far below a board's memory.
-LARGEST_FILE_BYTES: Mapping[str, int] = {MODEL: 256 << 20, MANIFEST: 8 << 20, PROBE: 64 << 20}
+LARGEST_FILE_BYTES: Mapping[str, int] = {
+    MODEL: 256 << 20,
+    MANIFEST: 8 << 20,
+    PROBE: 64 << 20,
+    SIGNATURE: LARGEST_SIGNATURE_BYTES,
+}
 
 _INCOMING = ".incoming-"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,8 +65,10 @@ def probe_bytes(probe: Probe) -> bytes:
     return buffer.getvalue()
 
 
-def publish(root: Path, manifest: Manifest, model: bytes, probe: bytes) -> Path:
+def publish(root: Path, manifest: Manifest, model: bytes, probe: bytes, key: Key | None = None) -> Path:
     """Write an artifact below `root`, make it current, and return its folder.
+
+    With a key it is signed in the name of the manifest's agent.
 
     What was current stays as `previous`; older ones are removed, and so is what a killed writer left
     behind. Writers exclude each other by a lock; readers need none. Raises `ExportError` when the disk
@@ -61,6 +80,8 @@ def publish(root: Path, manifest: Manifest, model: bytes, probe: bytes) -> Path:
         with _only_writer(root):
             _sweep(root)
             target = root / manifest.sha256
+            if key is not None:
+                files = {SIGNATURE: _signatures(files, key, manifest.agent, target), **files}
             _place(root, target, files)
             _point(root, target.name)
             _sweep(root)
@@ -81,23 +102,57 @@ def resolve(folder: Path, link: str = CURRENT) -> Path:
     raise ExportError(f"there is no artifact in {folder}: neither {link} nor {MANIFEST}")
 
 
-def load_artifact(folder: Path) -> tuple[Manifest, bytes, Probe]:
+def load_artifact(
+    folder: Path, keys: Keys | None = None, *, agent: str | None = None
+) -> tuple[Manifest, bytes, Probe]:
     """Read one artifact's folder and return what was hashed: manifest, model bytes and probe.
+
+    With `keys`, one of them must have signed it; with `agent`, it must be that agent's own.
 
     Raises `ExportError` when a file is missing, too large or unreadable, when model.onnx is not the file
     that the manifest names, when the manifest says other things than the model itself, or when probe.npz
-    is not the probe that the model was proven with. The answers are proven by `export.proof.prove`.
+    is not the probe that the model was proven with; `SignatureError` for a signature that is missing,
+    of nobody known, or wrong; `FormRefused` for another agent's model and for one that is not
+    self-contained, of standard operators and of the manifest's opset. The answers are proven by
+    `export.proof.prove`.
     """
+    files = read_files(folder)
+    if keys is not None:
+        verify(files, keys)
     try:
-        manifest = Manifest.model_validate_json(_read(folder, MANIFEST))
+        manifest = Manifest.model_validate_json(files[MANIFEST])
     except ValidationError as error:
         problem = error.errors()[0]
         raise ExportError(
             f"{folder / MANIFEST} is not a manifest: {problem['loc']}: {problem['msg']}"
         ) from error
-    model, probe = _read(folder, MODEL), _read(folder, PROBE)
-    _check_hashes(folder, manifest, model, probe)
-    return manifest, model, _parse_probe(folder, manifest, probe)
+    _check_hashes(folder, manifest, files[MODEL], files[PROBE])
+    form.check(manifest, files[MODEL], agent=agent)
+    return manifest, files[MODEL], _parse_probe(folder, manifest, files[PROBE])
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of an artifact's files by name; without `signature.json` where there is none.
+
+    Raises `ExportError` when a file is missing, too large or unreadable.
+    """
+    # The signature comes last: a manifest that is replaced meanwhile has its signature there before it.
+    names = [MODEL, MANIFEST, PROBE, *([SIGNATURE] if (folder / SIGNATURE).exists() else [])]
+    return {name: _read(folder, name) for name in names}
+
+
+def _signatures(files: Mapping[str, bytes], key: Key, signer: str, target: Path) -> bytes:
+    """Return `signature.json` for new files.
+
+    Where the same model is written again, perhaps measured anew, the signature that fits what is there stays
+    beside the new one, so that a kill between two files leaves a signed artifact.
+    """
+    before: tuple[Signature, ...] = ()
+    if (target / SIGNATURE).exists():
+        there = read_files(target)
+        before = tuple(s for s in parse(there[SIGNATURE]) if fits(s, there, key))[:1]
+    signatures = Signatures(signatures=(sign(files, key, signer), *before))
+    return signatures.model_dump_json(indent=1).encode()
 
 
 def _check_hashes(folder: Path, manifest: Manifest, model: bytes, probe: bytes) -> None:

@@ -33,7 +33,8 @@ LOGITS = "logits"
 PROBABILITIES = "probabilities"
 
 # IR versions as released together with each opset, so that old runtimes open the file.
-_IR_OF_OPSET = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
+_IR_OF_OPSET = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+OPSETS = tuple(_IR_OF_OPSET)
 _EPSILON = 1e-5
 # Far below any score, and finite, as some runtimes make NaN of an infinite mask.
 _MASKED = -1e9
@@ -50,6 +51,7 @@ def build(
     opset: int = OPSET,
     fold: bool | None = None,
     probabilities: bool = False,
+    attention: bool = False,
 ) -> bytes:
     """Return the bytes of an ONNX model that maps raw samples to logits.
 
@@ -57,15 +59,18 @@ def build(
     shape (batch, *spec.shape), or int64 of shape (batch, sequence) for text with sequence up to
     `spec.shape[0]`. The output is `logits`, (batch, classes) or (batch, sequence, classes) for text, and
     with `probabilities` also their softmax. `fold` says whether normalisation is folded into the
-    embedding; `None` folds where that is accurate. `metadata` is stored in the model, sorted by key.
+    embedding; `None` folds where that is accurate. With `attention`, heads are one `Attention` operator,
+    which opset 23 brought; else a dozen simpler ones. `metadata` is stored in the model, sorted by key.
 
     Raises `ExportError` for parameters that do not fit the spec or are not finite, for a normalisation of
     another number of channels, and for an opset this writer does not know.
     """
     if opset not in _IR_OF_OPSET:
         raise ExportError(f"opset {opset} is not one of {sorted(_IR_OF_OPSET)}")
+    if attention and opset < 23:
+        raise ExportError(f"opset {opset} has no Attention operator; opset 23 has")
     weights = _checked(spec, parameters)
-    writer = _Writer(weights, opset)
+    writer = _Writer(weights, opset, attention=attention)
     x = _text(writer, spec) if spec.input == "text" else _patches(writer, spec, normalisation, fold)
     mask = _causal_mask(writer, spec) if spec.input == "text" else None
     for i in range(spec.depth):
@@ -82,9 +87,10 @@ def build(
 class _Writer:
     """Collects nodes and initializers; a node's output has the node's name."""
 
-    def __init__(self, weights: Parameters, opset: int) -> None:
+    def __init__(self, weights: Parameters, opset: int, *, attention: bool = False) -> None:
         self.weights = weights
         self.opset = opset
+        self.attention = attention
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -271,6 +277,10 @@ def _attention(w: _Writer, spec: ModelSpec, block: str, x: str, mask: str | None
 
 def _heads(w: _Writer, spec: ModelSpec, name: str, qkv: tuple[str, str, str], mask: str | None) -> str:
     """Append softmax(q k^T) v per head; heads are contiguous slices of the width."""
+    if w.attention:
+        heads = {"q_num_heads": spec.heads, "kv_num_heads": spec.heads}
+        # The scale is in the query's rows already.
+        return w.node("Attention", f"{name}.joined", *qkv, *([mask] if mask else []), scale=1.0, **heads)
     apart = w.integers("heads.apart", 0, 0, spec.heads, spec.width // spec.heads)
     together = w.integers("heads.together", 0, 0, spec.width)
     query, key, value = (w.node("Reshape", f"{x}.heads", x, apart) for x in qkv)

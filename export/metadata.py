@@ -16,7 +16,19 @@ from foundation.errors import ExportError
 PROBE_SHA256 = "probe_sha256"
 
 # Known only once the model's bytes are, so they cannot be inside of them.
-_AFTERWARDS = frozenset({"sha256", "bytes", "dense_bytes", "parity", "latency_ms", "dense_latency_ms"})
+_AFTERWARDS = frozenset(
+    {
+        "sha256",
+        "bytes",
+        "dense_bytes",
+        "parity",
+        "latency_ms",
+        "dense_latency_ms",
+        "validation",
+        "validation_examples",
+        "int8",
+    }
+)
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -39,9 +51,9 @@ def read(model: bytes) -> dict[str, str]:
     Raises `ExportError` when the bytes are not a protobuf message of that form.
     """
     found: dict[str, str] = {}
-    for number, value in _fields(memoryview(model)):
+    for number, value in fields(memoryview(model)):
         if number == _METADATA_PROPS:
-            entry = dict(_fields(value))
+            entry = dict(fields(value))
             try:
                 found[bytes(entry.get(_KEY, b"")).decode()] = bytes(entry.get(_VALUE, b"")).decode()
             except UnicodeDecodeError as error:
@@ -53,14 +65,27 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and contents of every field that has a length; step over the others."""
+def fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and contents of every field of a protobuf message that has a length."""
+    for number, value in _all(data):
+        if isinstance(value, memoryview):
+            yield number, value
+
+
+def integers(data: memoryview) -> dict[int, int]:
+    """Return the whole numbers of a protobuf message by field; of several, the last."""
+    return {number: value for number, value in _all(data) if isinstance(value, int)}
+
+
+def _all(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Yield number and value of every field but those of fixed size, which are stepped over."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         wire = tag & 7
         if wire == _VARINT:
-            _, at = _varint(data, at)
+            value, at = _varint(data, at)
+            yield tag >> 3, value
             continue
         if wire == _LENGTH:
             size, at = _varint(data, at)

@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from export.form import opset_of
 from foundation.artifact import Probe
-from foundation.errors import ProofFailed
+from foundation.errors import ExportError, ProofFailed
 from foundation.parameters import Array
 
 LARGEST_BATCH = 64
@@ -59,7 +60,9 @@ def open_session(model: bytes) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise ProofFailed(f"onnxruntime cannot open the model: {error}") from error
+        raise ProofFailed(
+            f"onnxruntime {ort.__version__} cannot open the model{_of_opset(model)}: {error}"
+        ) from error
 
 
 def default_tolerance(probe: Probe) -> float:
@@ -86,7 +89,7 @@ def prove(session: ort.InferenceSession, probe: Probe, tolerance: float) -> Pari
             f"a probe of {len(probe.inputs)} inputs and {len(probe.logits)} answers proves nothing"
         )
     expected = np.asarray(probe.logits, np.float64)
-    actual = _answers(session, probe.inputs).astype(np.float64)
+    actual = answers(session, probe.inputs).astype(np.float64)
     if actual.shape != expected.shape:
         raise ProofFailed(f"the model answers with shape {actual.shape}, the probe with {expected.shape}")
     if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
@@ -105,13 +108,21 @@ def prove(session: ort.InferenceSession, probe: Probe, tolerance: float) -> Pari
     return found
 
 
-def _answers(session: ort.InferenceSession, inputs: Array) -> Array:
+def answers(session: ort.InferenceSession, inputs: Array) -> Array:
+    """Return a model's first output for any number of samples; raises `ProofFailed` for a run that fails."""
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [inputs[i : i + LARGEST_BATCH] for i in range(0, len(inputs), LARGEST_BATCH)]
     try:
         return np.concatenate([np.asarray(session.run([output], {name: batch})[0]) for batch in batches])
     except RUNTIME_ERRORS as error:
         raise ProofFailed(f"the model cannot run the probe: {error}") from error
+
+
+def _of_opset(model: bytes) -> str:
+    try:
+        return f", which is of opset {opset_of(model)}"
+    except ExportError:  # then it is no model, and the runtime's own words say so
+        return ""
 
 
 def _flips(expected: Array, actual: Array, tolerance: float) -> int:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
 
+from export import form
 from export.graph import INPUT, LOGITS, PROBABILITIES
-from export.proof import RUNTIME_ERRORS, Parity, open_session, prove
+from export.proof import LARGEST_BATCH, RUNTIME_ERRORS, Parity, answers, open_session, prove
 from foundation.artifact import Probe
 from foundation.errors import ProofFailed
 from foundation.parameters import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Raw samples (n, *shape) that were not trained on, and the right answers: (n,) or (n, sequence)."""
+
+    x: Array
+    y: Array
 
 
 def check(model: bytes, probe: Probe, tolerance: float) -> Parity:
@@ -61,22 +74,58 @@ def latency(
     return 1e3 * median(times[0]), 1e3 * median(times[1])
 
 
+def accuracy_of(session: ort.InferenceSession, validation: Validation) -> float | None:
+    """Return the share of right answers, `None` without samples; `ProofFailed` for a run that fails."""
+    if not len(validation.y):
+        return None
+    wanted = np.int64 if "int64" in session.get_inputs()[0].type else np.float32
+    right = 0
+    for i in range(0, len(validation.y), LARGEST_BATCH):
+        x, y = validation.x[i : i + LARGEST_BATCH], validation.y[i : i + LARGEST_BATCH]
+        right += int((answers(session, np.asarray(x, wanted)).argmax(-1) == y).sum())
+    return right / validation.y.size
+
+
+def attention_runs(opset: int) -> bool:
+    """Whether this onnxruntime has the operator `Attention` of an opset (23 and later), and computes it."""
+    if opset < 23:
+        return False
+    q, k, v = ("q", "k", "v")
+    node = helper.make_node("Attention", [q, k, v], ["y"], q_num_heads=2, kv_num_heads=2, scale=1.0)
+    shape = (1, 3, 4)
+    graph = helper.make_graph(
+        [node],
+        "attention",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (q, k, v)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name in (q, k, v)}
+    try:
+        session = open_session(model.SerializeToString())
+        found = np.asarray(session.run(None, values)[0])
+    except ProofFailed:
+        return False
+    except RUNTIME_ERRORS:
+        return False
+    first, second, third = (values[n].reshape(3, 2, 2).transpose(1, 0, 2) for n in (q, k, v))
+    weights = np.exp(first @ second.transpose(0, 2, 1))
+    expected = (weights / weights.sum(-1, keepdims=True) @ third).transpose(1, 0, 2).reshape(shape)
+    return bool(np.abs(found - expected).max() < 1e-5)
+
+
 def _check_form(model: bytes) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ProofFailed(f"the onnx checker refuses the model: {error}") from error
-    for complaint in _complaints(onnx.load_model_from_string(model)):
+    for complaint in (*form.complaints(model), *_complaints(onnx.load_model_from_string(model))):
         raise ProofFailed(complaint)
 
 
 def _complaints(model: onnx.ModelProto) -> Iterator[str]:
-    """Yield what the checker allows and we do not: foreign operators, outside data, other names."""
-    if domains := {o.domain for o in model.opset_import} - {"", "ai.onnx"}:
-        yield f"the model uses operators of {sorted(domains)}"
-    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside:
-        yield f"the model keeps {outside[0]} outside of its file"
+    """Yield what the checker allows and we do not: other names than ours."""
     if (inputs := [i.name for i in model.graph.input]) != [INPUT]:
         yield f"the model's inputs are {inputs}, not {[INPUT]}"
     outputs = [o.name for o in model.graph.output]

@@ -15,6 +15,23 @@ from foundation.normalisation import Normalisation
 from foundation.parameters import Array
 
 
+class Int8(Frozen):
+    """Whether a model's weights are 8-bit integers, and what speaks for it on the exporting device."""
+
+    used: bool
+    why: str
+    latency_ms: float | None = None
+    float_latency_ms: float | None = None
+    """Median of one batch-1 run, one thread, the two interleaved."""
+    bytes: int | None = None
+    float_bytes: int | None = None
+    accuracy: float | None = None
+    float_accuracy: float | None = None
+    """On the device's validation part."""
+    parity: float | None = None
+    """Largest absolute difference of a logit from the probe's."""
+
+
 class Manifest(Frozen):
     """What an artifact says about itself."""
 
@@ -52,6 +69,11 @@ class Manifest(Frozen):
     train_joules: float | None = None
     """Of all local training of this run on this device."""
     train_joules_kind: Kind = Kind.NONE
+    validation: float | None = None
+    """Accuracy of this very model, as exported, on the device's validation part."""
+    validation_examples: int | None = None
+    int8: Int8 | None = None
+    """`None` where 8-bit weights were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)

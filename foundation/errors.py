@@ -15,7 +15,12 @@ HedgerowError
 ├── WorkRefused              this agent cannot or will not do what it was asked
 ├── SensorError              an energy source failed
 ├── ExportError
-│   └── ProofFailed          the artifact does not give the answers the trained model gave
+│   ├── ProofFailed          the artifact does not give the answers the trained model gave
+│   ├── FormRefused          another device's, outside data, foreign operators, another opset
+│   └── SignatureError       a key cannot be used
+│       ├── Unsigned         no signature where keys ask for one
+│       ├── UnknownSigner    signed with a key that is not trusted
+│       └── SignatureWrong   the signature does not fit the files
 └── StoreError               the coordinator's memory
 """
 
@@ -88,6 +93,26 @@ class ExportError(HedgerowError):
 
 class ProofFailed(ExportError):  # noqa: N818
     """An artifact does not give the answers that the trained model gave."""
+
+
+class FormRefused(ExportError):  # noqa: N818
+    """A model file is not of the form that is run here: self-contained, standard operators, its own opset."""
+
+
+class SignatureError(ExportError):
+    """A signature or a key cannot be used."""
+
+
+class Unsigned(SignatureError):  # noqa: N818
+    """An artifact has no signature, and there are keys that ask for one."""
+
+
+class UnknownSigner(SignatureError):  # noqa: N818
+    """An artifact is signed with keys that are not trusted here."""
+
+
+class SignatureWrong(SignatureError):  # noqa: N818
+    """A signature does not fit the files it is beside."""
 
 
 class StoreError(HedgerowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +60,14 @@ Split = Annotated[
         rich_help_panel=NPZ,
     ),
 ]
+
+
+class Int8(StrEnum):
+    """Whether weights become 8-bit integers."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 def _version(wanted: bool) -> None:
@@ -510,6 +519,54 @@ def energy(
         radio_km=radio,
         as_json=as_json,
         csv_to=csv_to,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Option("--from", metavar="RUN", help="Name of the run.")],
+    device: Annotated[str, typer.Option(help="Name of the agent.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifact.")],
+    folder: Annotated[
+        Path, typer.Option(help="Of a coordinator, or of a simulation; it may be in use.")
+    ] = Path("coordinator-data"),
+    int8: Annotated[
+        Int8,
+        typer.Option(
+            help="8-bit weights. `auto` wants proof on a device's own validation data, which are not here:"
+            " it stays with float32 and says so."
+        ),
+    ] = Int8.AUTO,
+    opset: Annotated[
+        int, typer.Option(min=17, max=23, help="17 opens everywhere; 23 has attention as one operator.")
+    ] = 17,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="A second output: softmax of the logits.")
+    ] = False,
+    normalisation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='JSON with "mean" and "std" per channel of the device\'s values.'),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Export a device's model from the coordinator: what it would send that device next.
+
+    That is the whole model with fedavg, fedprox, fedtp, pfedhn and pfedla. With strategies that leave a
+    part on the device, or let it choose its model, the device has the only whole copy:
+    `hedgerow agent export --config agent.toml -o DIR` there.
+
+    Example: hedgerow export --from greenhouse --device kitchen -o exported
+    """
+    from hedgerow.export import run_command
+
+    code = run_command(
+        *(run, device, folder, output),
+        int8=int8.value,
+        opset=opset,
+        probabilities=probabilities,
+        normalisation=normalisation,
+        as_json=as_json,
     )
     raise typer.Exit(code)
 
