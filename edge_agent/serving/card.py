@@ -29,14 +29,14 @@ _HEADERS = (
 _KINDS = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
 
 
-def page(name: str, handle: Handle | None, top: float) -> Answer:
+def page(name: str, handle: Handle | None, top: float, *, keyed: bool = False) -> Answer:
     """Return the page of the model that answers now; `None` shows a field for the key and no fact.
 
-    `top` is the largest value of a raw picture.
+    `top` is the largest value of a raw picture; `keyed` puts the key into the examples.
     """
     if handle is None:
         filled = Template(_file("page.html")).substitute(
-            title="A personal model", rows="", example="", name="", model="null"
+            title="Hedgerow", rows="", example="", name="", model="null"
         )
         return Answer(filled.encode(), "text/html; charset=utf-8", headers=_HEADERS)
     m = handle.manifest
@@ -46,7 +46,7 @@ def page(name: str, handle: Handle | None, top: float) -> Answer:
     filled = Template(_file("page.html")).substitute(
         title=escape(f"{m.agent}, round {m.round}"),
         rows=rows,
-        example=escape(_example(m)),
+        example=escape(_example(m, ' -H "x-api-key: KEY"' if keyed else "")),
         name=escape(name),
         model=escape(json.dumps(_told(m, top))),
     )
@@ -83,7 +83,7 @@ def _facts(handle: Handle) -> dict[str, str]:
         "Device": m.agent,
         "Run and round": f"{m.run}, round {m.round}, {m.strategy}",
         "Answers": _some(m.labels),
-        "Input": f"{m.input}, {' × '.join(map(str, m.shape))}, raw values",
+        "Input": _input(m),
         "Accuracy here": _share(m.accuracy) + f" (as it was sent: {_share(m.accuracy_sent)})",
         "Hidden units kept": f"{', '.join(map(str, m.kept_units))} of {m.hidden_units} per block",
         "Parameters": f"{m.parameters:,} of {m.dense_parameters:,}",
@@ -116,17 +116,19 @@ def _joules(m: Manifest) -> str:
     return "unknown" if m.train_joules is None else f"{m.train_joules:,.1f} J, {m.train_joules_kind}"
 
 
-def _example(m: Manifest) -> str:
+def _input(m: Manifest) -> str:
     if m.input == "text":
-        sample: object = [0] * min(4, m.shape[0])
-        if all(len(label) == 1 for label in m.labels):
-            sample = "".join(m.labels[: min(4, m.shape[0])])
-        return f"curl http://this-device/predict -d '{json.dumps({'inputs': [sample]})}'"
-    numbers = f"curl http://this-device/predict -d '{{\"inputs\": [ ... {_times(m)} numbers ... ]}}'"
+        return f"text, 1 to {m.shape[0]} characters"
+    return f"{m.input}, {' × '.join(map(str, m.shape))}, raw values"
+
+
+def _example(m: Manifest, header: str) -> str:
+    curl = f"curl http://this-device/predict{header}"
+    if m.input == "text":
+        letters = [label for label in m.labels if len(label) == 1 and label.isalpha()]
+        sample: object = "".join(letters[-4:][: m.shape[0]]) or [0] * min(4, m.shape[0])
+        return f"{curl} -d '{json.dumps({'inputs': [sample]})}'"
+    numbers = f"{curl} -d '{{\"inputs\": [ ... {' × '.join(map(str, m.shape))} numbers ... ]}}'"
     if m.input == "image" and m.shape[0] in (1, 3):
-        return f"curl http://this-device/predict --data-binary @picture.png\n{numbers}"
-    return f"{numbers}\ncurl http://this-device/predict --data-binary @window.npy"
-
-
-def _times(m: Manifest) -> str:
-    return " × ".join(map(str, m.shape))
+        return f"{curl} --data-binary @picture.png\n{numbers}"
+    return f"{numbers}\n{curl} --data-binary @{'window' if m.input == 'series' else 'picture'}.npy"

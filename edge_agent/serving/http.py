@@ -23,7 +23,8 @@ from edge_agent.serving.bodies import Bodies, Receive
 from edge_agent.serving.guard import Guard
 from edge_agent.serving.metrics import Metrics, Statistics
 from edge_agent.serving.predictor import LARGEST_BATCH, Predictor
-from edge_agent.serving.runner import MOST_IN_FLIGHT, Ran, Runner
+from edge_agent.serving.runner import MOST_IN_FLIGHT, Runner
+from foundation.artifact import Manifest
 from foundation.parameters import Array
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,10 @@ Handler = Callable[[Ask], Awaitable[Answer]]
 
 
 class Application:
-    """The ASGI application that serves a predictor. `load_s` is how long the predictor took to load."""
+    """The ASGI application that serves a predictor.
+
+    `load_s` is how long the predictor took to load; `answered` is told the seconds of every run.
+    """
 
     def __init__(
         self,
@@ -76,14 +80,16 @@ class Application:
         guard: Guard | None = None,
         *,
         load_s: float | None = None,
+        answered: Callable[[float], None] | None = None,
     ) -> None:
         self._predictor = predictor
         self._settings = settings = settings or ServerSettings()
         self._guard = guard or Guard()
         self.metrics = Metrics(load_s)
+        self._answered = answered
         self._runner = Runner(
             predictor,
-            self.metrics.ran,
+            self._ran,
             window_s=settings.window_s,
             most_samples=settings.most_samples,
             most_in_flight=settings.most_in_flight,
@@ -228,7 +234,8 @@ class Application:
     async def _page(self, ask: Ask) -> Answer:
         """Show the model card and the form; without the key, where one is asked for, only a field for it."""
         handle = self._predictor.handle if self._guard.knows(ask.headers) else None
-        return card.page(self._settings.name, handle, self._largest_value() if handle else 0.0)
+        top = self._largest_value() if handle else 0.0
+        return card.page(self._settings.name, handle, top, keyed=self._guard.keyed)
 
     async def _asset(self, ask: Ask) -> Answer:
         return card.asset(ask.path.lstrip("/"))
@@ -242,13 +249,14 @@ class Application:
         self._answering()
         with self._runner.place():
             async with self._bodies.read(ask.headers, ask.receive) as body:
-                x = await self._raw_values(body)
-            ran = await self._runner.run(x)
+                handle = self._predictor.handle
+                x = await self._raw_values(body, handle.manifest)
+            ran = await self._runner.run(x, handle)
         self.metrics.total.add(time.perf_counter() - ask.start)
         return as_json(people.answer(ran))
 
-    async def _raw_values(self, body: bytes) -> Array:
-        manifest, kind = self._predictor.manifest, pictures.kind(body)
+    async def _raw_values(self, body: bytes, manifest: Manifest) -> Array:
+        kind = pictures.kind(body)
         if kind == "picture":
             return await asyncio.to_thread(pictures.picture, body, manifest, self._largest_value())
         return people.array(body, manifest) if kind == "npy" else people.samples(body, manifest)
@@ -345,13 +353,14 @@ class Application:
     async def _inferred(self, ask: Ask, statistics: Statistics) -> Answer:
         length = ask.headers.get(_HEADER_LENGTH.lower().encode())
         async with self._bodies.read(ask.headers, ask.receive) as body:
-            start = time.perf_counter()
+            start, handle = time.perf_counter(), self._predictor.handle
             asked = protocol.decode(
-                body, None if length is None else length.decode("latin-1"), self._predictor.manifest
+                body, None if length is None else length.decode("latin-1"), handle.manifest
             )
             decoded = time.perf_counter()
-        ran = await self._runner.run(asked.x)
-        self._still(ask, ran)
+        ran = await self._runner.run(asked.x, handle)
+        # A request for one version must not get the answer of another that came meanwhile.
+        _of_version(ask, str(ran.prediction.manifest.round))
         run = time.perf_counter()
         content, head = protocol.encode(self._settings.name, ran.prediction, asked)
         content, packed = bodies.pack(content, ask.headers.get(b"accept-encoding", b""))
@@ -367,15 +376,16 @@ class Application:
             return Answer(content, headers=headers)
         return Answer(content, "application/octet-stream", headers=((_HEADER_LENGTH, str(head)), *headers))
 
+    def _ran(self, version: str, samples: int, requests: int, seconds: float) -> None:
+        self.metrics.ran(version, samples, requests, seconds)
+        if self._answered is not None:
+            self._answered(seconds)
+
     def _known(self, ask: Ask) -> None:
         if ask.model != self._settings.name:
             name = self._settings.name
             raise Refused(404, f"there is no model {ask.model[:64]!r}; the model here is {name!r}")
         _of_version(ask, self._predictor.handle.version)
-
-    def _still(self, ask: Ask, ran: Ran) -> None:
-        """A request for one version must not get the answer of another that came meanwhile."""
-        _of_version(ask, str(ran.prediction.manifest.round))
 
     def _answering(self) -> None:
         if not self._loaded:

@@ -16,7 +16,7 @@ const el = (name, attributes = {}, ...children) => {
   return made;
 };
 const $ = (selector) => document.querySelector(selector);
-const percent = (share) => (share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
+const percent = (share) => (share > 0 && share < 0.0005 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
 // A space and a line break are labels too, and would not be seen.
 const shown = (label) => ({ " ": "␣ space", "\n": "↵ line break", "\t": "⇥ tab" })[label] ?? label;
 
@@ -47,9 +47,10 @@ function show(answer, ms) {
   $("#label").append(el("small", {}, percent(first.probability)));
   const rows = Object.entries(first.probabilities).sort((a, b) => b[1] - a[1]).slice(0, 10);
   for (const [label, share] of rows) {
-    const bar = el("meter", { min: 0, max: 1, value: share, title: percent(share) });
+    const bar = el("div", { className: "bar" }, el("i"));
+    bar.firstChild.style.width = percent(share).replace("< ", "");
     $("#bars").append(el("tr", {}, el("th", { scope: "row", title: label }, shown(label)),
-      el("td", {}, bar), el("td", {}, percent(share))));
+      el("td", { ariaHidden: true }, bar), el("td", {}, percent(share))));
   }
   $("#times").textContent =
     `Model ${answer.run_ms.toFixed(2)} ms, there and back ${ms.toFixed(0)} ms. ` +
@@ -68,33 +69,44 @@ function clear() {
 
 function pictureForm(model) {
   const [channels, height, width] = model.shape;
-  const scale = SIDE / Math.max(height, width);
+  const scale = Math.max(1, SIDE / Math.max(height, width));
   const board = el("canvas", { className: "draw", width: Math.round(width * scale), height: Math.round(height * scale) });
   const seen = el("canvas", { className: "seen", width, height });
   seen.style.width = `${Math.round(board.width / 2.5)}px`;
   board.setAttribute("aria-label", "drawing board");
-  const pen = board.getContext("2d");
-  const small = seen.getContext("2d", { willReadFrequently: true });
+  const pen = board.getContext("2d", { willReadFrequently: true });
+  const small = seen.getContext("2d");
   const invert = el("input", { type: "checkbox" });
   const colour = el("input", { type: "color", value: "#ffffff", ariaLabel: "colour" });
   const file = el("input", { type: "file", accept: "image/png,image/jpeg" });
   const wipe = () => { pen.fillStyle = "#000"; pen.fillRect(0, 0, board.width, board.height); };
 
+  // The mean of what was drawn into each pixel; a browser's own scaling would leave most of it out.
+  const means = () => {
+    const { data } = pen.getImageData(0, 0, board.width, board.height);
+    const found = new Float32Array(3 * width * height);
+    for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
+      const top = Math.floor(y * board.height / height), bottom = Math.floor((y + 1) * board.height / height);
+      const left = Math.floor(x * board.width / width), right = Math.floor((x + 1) * board.width / width);
+      const sum = [0, 0, 0];
+      for (let v = top; v < bottom; v++) for (let u = left; u < right; u++) {
+        for (let c = 0; c < 3; c++) sum[c] += data[4 * (v * board.width + u) + c];
+      }
+      for (let c = 0; c < 3; c++) found[3 * (y * width + x) + c] = sum[c] / Math.max(1, (bottom - top) * (right - left));
+    }
+    return found;
+  };
   const values = () => {
-    small.drawImage(board, 0, 0, width, height);
-    const { data } = small.getImageData(0, 0, width, height);
+    const found = means();
+    const preview = small.createImageData(width, height);
     const planes = Array.from({ length: channels }, () => Array.from({ length: height }, () => new Array(width)));
     for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-      const at = 4 * (y * width + x);
-      const rgb = [0, 1, 2].map((i) => (invert.checked ? 255 - data[at + i] : data[at + i]));
-      const grey = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2];
-      const put = channels === 1 ? [grey] : rgb;
-      for (let c = 0; c < channels; c++) planes[c][y][x] = Math.round(put[c] / 255 * model.top * 1000) / 1000;
-      put.length === 1 && put.push(grey, grey);
-      data.set(put.map(Math.round), at);
+      const at = y * width + x;
+      let rgb = [0, 1, 2].map((c) => (invert.checked ? 255 - found[3 * at + c] : found[3 * at + c]));
+      if (channels === 1) rgb = new Array(3).fill(0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]);
+      planes.forEach((plane, c) => { plane[y][x] = Math.round(rgb[c] / 255 * model.top * 1000) / 1000; });
+      preview.data.set([...rgb.map(Math.round), 255], 4 * at);
     }
-    const preview = small.createImageData(width, height);
-    preview.data.set(data);
     small.putImageData(preview, 0, 0);
     return planes;
   };
@@ -167,7 +179,7 @@ function plot(canvas, rows) {
   for (let c = 0; c < rows[0].length; c++) {
     const line = rows.map((row) => row[c]);
     const low = Math.min(...line), high = Math.max(...line);
-    pen.strokeStyle = colours[c % colours.length];
+    pen.strokeStyle = colours[c] ?? `hsl(${(c * 137) % 360} 60% 55%)`;
     pen.beginPath();
     line.forEach((value, t) => {
       const y = high > low ? (value - low) / (high - low) : 0.5;
@@ -197,6 +209,9 @@ function windowForm(model) {
     plot(canvas, used);
     caption.textContent = (rows.length > steps ? `The last ${steps} of ${rows.length} lines. ` : "") +
       "Every channel has a scale of its own.";
+    if (used.length < steps || used[0].length !== channels) {
+      return show({ error: `${used.length} lines of ${used[0].length}: the model takes ${steps} of ${channels}` }, 0);
+    }
     return ask([used]);
   };
   let timer;
@@ -264,6 +279,7 @@ function begin() {
   const drawn = model.input === "image" && [1, 3].includes(model.shape[0]);
   const form = drawn ? pictureForm : { series: windowForm, text: textForm }[model.input] ?? otherForm;
   $("#form").replaceChildren(...form(model));
+  $("pre").textContent = $("pre").textContent.replaceAll("http://this-device", location.origin);
 }
 
 async function open(key) {

@@ -33,9 +33,10 @@ class Ran:
     waited_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     x: Array
+    handle: Handle
     answer: asyncio.Future[Ran]
     since: float = field(default_factory=time.perf_counter)
 
@@ -84,13 +85,13 @@ class Runner:
         if self._window_s:
             self._pays = _milliseconds(handle, 8) < PAYS * 8 * _milliseconds(handle, 1)
 
-    async def run(self, x: Array) -> Ran:
-        """Answer one request; raises `DataError` for what the model cannot take."""
+    async def run(self, x: Array, handle: Handle) -> Ran:
+        """Answer one request that was read for a model; raises `DataError` for what the model cannot take."""
         if len(x) > self._most:
             raise DataError(f"a batch has 1 to {self._most} samples, not {len(x)}")
+        waiting = _Waiting(x, handle, asyncio.get_running_loop().create_future())
         if not self._pays:
-            return (await self._one_run([_Waiting(x, asyncio.get_running_loop().create_future())]))[0]
-        waiting = _Waiting(x, asyncio.get_running_loop().create_future())
+            return (await self._one_run([waiting]))[0]
         self._pending.append(waiting)
         self._changed.set()
         if self._flushing is None:
@@ -124,13 +125,13 @@ class Runner:
 
     def _take(self) -> list[_Waiting]:
         """Take the first, and those behind it that fit into a run with it."""
-        form, room = _form(self._pending[0].x), self._most
+        form, room = _form(self._pending[0]), self._most
         taken: list[_Waiting] = []
         for one in self._pending:
-            if _form(one.x) == form and len(one.x) <= room:
+            if _form(one) == form and len(one.x) <= room:
                 taken.append(one)
                 room -= len(one.x)
-        self._pending = [one for one in self._pending if all(one is not other for other in taken)]
+        self._pending = [one for one in self._pending if one not in taken]
         return taken
 
     async def _answer(self, batch: list[_Waiting]) -> None:
@@ -153,7 +154,7 @@ class Runner:
 
     async def _one_run(self, batch: list[_Waiting]) -> list[Ran]:
         x = batch[0].x if len(batch) == 1 else np.concatenate([one.x for one in batch])
-        if self._predictor.handle.run_ms * max(1, len(x)) < INLINE_MS:
+        if batch[0].handle.run_ms * max(1, len(x)) < INLINE_MS:
             start, end, prediction = self._timed(x)
         else:
             start, end, prediction = await asyncio.get_running_loop().run_in_executor(
@@ -173,8 +174,8 @@ class Runner:
         return start, time.perf_counter(), prediction
 
 
-def _form(x: Array) -> tuple[tuple[int, ...], str]:
-    return x.shape[1:], x.dtype.str
+def _form(one: _Waiting) -> tuple[int, tuple[int, ...], str]:
+    return id(one.handle), one.x.shape[1:], one.x.dtype.str
 
 
 def _rows(prediction: Prediction, rows: slice) -> Prediction:

@@ -59,7 +59,7 @@ class Slow(Predictor):
     def handle(self) -> Handle:
         return replace(super().handle, run_ms=50.0)
 
-    def predict(self, x: Array) -> Prediction:
+    def predict(self, x: Array, *more: Handle) -> Prediction:
         self.begun.release()
         assert self.let.wait(START_S)
         self.batches.append(len(x))
@@ -125,10 +125,12 @@ async def test_a_larger_batch_than_is_allowed_is_refused(folder: Path) -> None:
     assert (answer.status_code, "1 to 2 samples, not 3" in answer.json()["error"]) == (400, True)
 
 
-async def run_together(runner: Runner, *batches: Array) -> list[Ran | BaseException]:
+async def run_together(runner: Runner, predictor: Predictor, *batches: Array) -> list[Ran | BaseException]:
+    handle = predictor.handle
+
     async def one(x: Array) -> Ran:
         with runner.place():
-            return await runner.run(x)
+            return await runner.run(x, handle)
 
     return await asyncio.gather(*map(one, batches), return_exceptions=True)
 
@@ -139,7 +141,7 @@ async def test_requests_share_a_run_and_get_their_own_answers(slow: Slow) -> Non
     slow.let.set()
     sizes = (1, 3, 2, 1)
     parts = [raw_inputs(SPECS["image-mean"], size, seed=size) for size in sizes]
-    answers = await run_together(runner, *parts)
+    answers = await run_together(runner, slow, *parts)
     # Everybody on the way had arrived: nobody waited for the window to end.
     assert (slow.batches, told) == ([7], [("1", 7, 4)])
     for x, answer in zip(parts, answers, strict=True):
@@ -152,7 +154,7 @@ async def test_requests_share_a_run_and_get_their_own_answers(slow: Slow) -> Non
 async def test_a_run_takes_no_more_than_fits(slow: Slow) -> None:
     runner = Runner(slow, lambda *_: None, window_s=START_S, most_samples=4)
     slow.let.set()
-    answers = await run_together(runner, *[X] * 3, X[:1])
+    answers = await run_together(runner, slow, *[X] * 3, X[:1])
     assert sorted(slow.batches) == [3, 3, 4]
     assert all(isinstance(answer, Ran) for answer in answers)
     await runner.close()
@@ -161,7 +163,7 @@ async def test_a_run_takes_no_more_than_fits(slow: Slow) -> None:
 async def test_one_bad_request_does_not_spoil_the_others(slow: Slow) -> None:
     runner = Runner(slow, lambda *_: None, window_s=START_S)
     slow.let.set()
-    good, bad, also = await run_together(runner, X, np.full_like(X, np.nan), X[:1])
+    good, bad, also = await run_together(runner, slow, X, np.full_like(X, np.nan), X[:1])
     assert isinstance(bad, DataError)
     for answer, x in ((good, X), (also, X[:1])):
         assert isinstance(answer, Ran)
@@ -172,9 +174,10 @@ async def test_one_bad_request_does_not_spoil_the_others(slow: Slow) -> None:
 async def test_texts_of_unlike_length_are_run_apart(tmp_path: Path) -> None:
     publish(tmp_path, "text")
     told: list[int] = []
-    runner = Runner(Predictor(tmp_path), lambda _, samples, *__: told.append(samples), window_s=START_S)
+    predictor = Predictor(tmp_path)
+    runner = Runner(predictor, lambda _, samples, *__: told.append(samples), window_s=START_S)
     texts = [np.array([[1, 2, 3]]), np.array([[1, 2]]), np.array([[4, 5, 6]])]
-    answers = await run_together(runner, *texts)
+    answers = await run_together(runner, predictor, *texts)
     assert told == [2, 1]
     for x, answer in zip(texts, answers, strict=True):
         assert isinstance(answer, Ran)
@@ -187,14 +190,14 @@ async def test_a_single_client_waits_for_nobody(slow: Slow) -> None:
     slow.let.set()
     async with asyncio.timeout(START_S):
         for _ in range(3):
-            (answer,) = await run_together(runner, X)
+            (answer,) = await run_together(runner, slow, X)
             assert isinstance(answer, Ran)
     await runner.close()
 
 
 async def test_a_server_fault_in_a_shared_run_reaches_everybody(folder: Path) -> None:
     class Broken(Predictor):
-        def predict(self, x: Array) -> Prediction:
+        def predict(self, x: Array, *more: Handle) -> Prediction:
             raise RuntimeError("memory")
 
     async with asking(Application(Broken(folder), ServerSettings(window_s=START_S))) as client:
@@ -207,7 +210,7 @@ async def test_a_server_fault_in_a_shared_run_reaches_everybody(folder: Path) ->
 
 async def test_an_answer_of_another_version_than_asked_is_none(folder: Path) -> None:
     class Swapped(Predictor):
-        def predict(self, x: Array) -> Prediction:
+        def predict(self, x: Array, *more: Handle) -> Prediction:
             found = super().predict(x)
             return replace(found, manifest=found.manifest.model_copy(update={"round": 2}))
 
