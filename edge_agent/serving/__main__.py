@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         interface="asgi3",
         lifespan="on",
         ws="none",
+        proxy_headers=False,
         access_log=False,
         log_level="warning",
         limit_concurrency=CONNECTIONS,

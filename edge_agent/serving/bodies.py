@@ -41,34 +41,35 @@ class Bodies:
         claimed = headers.get(b"content-length", b"0")
         if claimed.isdigit() and int(claimed) > self._most:
             raise self._too_large()
-        held = 0
+        arrived, unpacked = bytearray(), b""
         try:
-            parts: list[bytes] = []
-            async with asyncio.timeout(self._seconds):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Refused(400, "the client left before its body had arrived")
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    held += len(part)
-                    self._hold(len(part), held)
-                    parts.append(part)
-            body = b"".join(parts)
+            try:
+                async with asyncio.timeout(self._seconds):
+                    while await self._more(arrived, receive):
+                        pass
+            except TimeoutError as error:
+                raise Refused(408, f"the body did not arrive within {self._seconds:g} s") from error
             if container is not None:
-                body = unpack(body, container, self._most)
-                held += len(body)
-                self._hold(len(body), len(body))
-            yield body
-        except TimeoutError as error:
-            raise Refused(408, f"the body did not arrive within {self._seconds:g} s") from error
+                unpacked = unpack(arrived, container, self._most)
+                self._hold(len(unpacked))
+            yield bytes(arrived) if container is None else unpacked
         finally:
-            self._held -= held
+            self._held -= len(arrived) + len(unpacked)
 
-    def _hold(self, more: int, size: int) -> None:
-        self._held += more
-        if size > self._most:
+    async def _more(self, arrived: bytearray, receive: Receive) -> bool:
+        """Take the next part; returns whether there are more."""
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "the client left before its body had arrived")
+        part = message.get("body", b"")
+        arrived += part
+        self._hold(len(part))
+        if len(arrived) > self._most:
             raise self._too_large()
+        return bool(message.get("more_body", False))
+
+    def _hold(self, more: int) -> None:
+        self._held += more
         if self._held > TOGETHER * self._most:
             raise busy("the bodies of other requests fill the memory that is set aside for them")
 
@@ -76,7 +77,7 @@ class Bodies:
         return FrameTooLarge(f"a body has at most {self._most} bytes, unpacked too")
 
 
-def unpack(packed: bytes, container: int, most: int) -> bytes:
+def unpack(packed: bytes | bytearray, container: int, most: int) -> bytes:
     """Return what gzip or zlib packed, at most `most` bytes of it; `container` is zlib's `wbits`.
 
     Never makes more than it may return. Raises `FrameTooLarge`, and `WireError` for data that is damaged,

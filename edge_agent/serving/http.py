@@ -1,8 +1,8 @@
 """The Open Inference Protocol (V2) over HTTP, a page and an address for people, and counters.
 
-A plain ASGI application: a framework would add a quarter to the time of an answer, and double that of the
-start. Bodies are read raw, within bounds, and parsed once. Errors are `{"error": "..."}`, as the protocol's
-clients expect. The process loads numpy and onnxruntime, and no training code.
+A plain ASGI application: a framework would add a sixth to the time of an answer, and two fifths to that of
+the start. Bodies are read raw, within bounds, and parsed once. Errors are `{"error": "..."}`, as the
+protocol's clients expect. The process loads numpy and onnxruntime, and no training code.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Ask(NamedTuple):
 
     method: str
     path: str
-    query: bytes
     headers: dict[bytes, bytes]
     receive: Receive
     start: float
@@ -157,7 +156,6 @@ class Application:
         ask = Ask(
             scope["method"].replace("HEAD", "GET"),
             scope["path"],
-            scope.get("query_string", b""),
             dict(scope["headers"]),
             receive,
             time.perf_counter(),

@@ -38,19 +38,19 @@ class _Tensor(BaseModel):
     datatype: str
     shape: list[int] = Field(min_length=1, max_length=8)
     data: list[object] | None = None
-    parameters: dict[str, object] = {}
+    parameters: dict[str, object] = Field(default_factory=dict)
 
 
 class _Wanted(BaseModel):
     name: str
-    parameters: dict[str, object] = {}
+    parameters: dict[str, object] = Field(default_factory=dict)
 
 
 class _Request(BaseModel):
     id: str | None = Field(None, max_length=_LONGEST_ID)
     inputs: list[_Tensor] = Field(min_length=1, max_length=1)
-    outputs: list[_Wanted] = Field(default=[], max_length=len(OUTPUTS))
-    parameters: dict[str, object] = {}
+    outputs: list[_Wanted] = Field(default_factory=list, max_length=len(OUTPUTS))
+    parameters: dict[str, object] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,9 @@ class Output:
     binary: bool
     classes: int = 0
     """How many of the largest to name, as texts; 0 for the tensor itself."""
+
+
+_ALL = {binary: tuple(Output(name, binary) for name in OUTPUTS) for binary in (False, True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferR
     """
     length = _header_length(body, header_length)
     if length == 0:
-        return InferRequest(_raw_tensor(body, manifest), None, tuple(Output(name, True) for name in OUTPUTS))
+        return InferRequest(_raw_tensor(body, manifest), None, _ALL[True])
     try:
         request = _Request.model_validate_json(body[:length])
     except ValidationError as error:
@@ -218,11 +221,12 @@ def _within(values: Array, limits: np.iinfo[np.signedinteger]) -> bool:
 
 def _outputs(request: _Request) -> tuple[Output, ...]:
     default = request.parameters.get("binary_data_output") is True
-    wanted = request.outputs or [_Wanted(name=name) for name in OUTPUTS]
-    if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
+    if not request.outputs:
+        return _ALL[default]
+    if unknown := [output.name for output in request.outputs if output.name not in OUTPUTS]:
         raise WireError(f"the model has no output {unknown[0][:64]!r}; it has {', '.join(OUTPUTS)}")
     return tuple(
-        Output(o.name, o.parameters.get("binary_data", default) is True, _classes(o)) for o in wanted
+        Output(o.name, o.parameters.get("binary_data", default) is True, _classes(o)) for o in request.outputs
     )
 
 

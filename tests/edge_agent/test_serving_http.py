@@ -15,6 +15,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -24,16 +25,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.serving import bodies, control
+from edge_agent.serving import bodies, control, protocol
 from edge_agent.serving.answers import Refused
 from edge_agent.serving.bodies import Bodies
+from edge_agent.serving.child import ServingChild
 from edge_agent.serving.guard import Guard, is_loopback, read_key
 from edge_agent.serving.http import Application, ServerSettings
 from edge_agent.serving.metrics import BUCKETS_S, Histogram, Metrics
 from edge_agent.serving.predictor import Handle, Prediction, Predictor
 from edge_agent.serving.runner import Ran, Runner
 from edge_agent.settings import ServeSettings
-from foundation.errors import DataError, FrameTooLarge, SettingsError, WireError
+from foundation.errors import DataError, FrameTooLarge, HedgerowError, SettingsError, WireError
 from foundation.parameters import Array
 from tests.conftest import require_service
 from tests.export.reference import SPECS, raw_inputs
@@ -45,6 +47,7 @@ X = raw_inputs(SPECS["image-mean"], 3)
 RAW = {"Inference-Header-Content-Length": "0"}
 INFER = "/v2/models/model/infer"
 KEY = "a-key-that-is-long-enough"
+predictor_of = cache(Predictor)
 
 
 class Slow(Predictor):
@@ -269,6 +272,43 @@ def test_any_packing_is_undone_or_refused(body: bytes, container: int, noise: by
             assert len(bodies.unpack(damaged, container, 200)) <= 200
 
 
+WANTED = st.dictionaries(
+    st.sampled_from(["name", "parameters", "x"]),
+    st.sampled_from(["logits", "probabilities", "label", "", 1, None, True])
+    | st.dictionaries(
+        st.sampled_from(["binary_data", "classification", "shared_memory_region"]),
+        st.sampled_from([True, False, 0, 1, 4, 99, -1, 2**70, "1", None, [], 0.5]),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(WANTED, max_size=4), st.sampled_from([True, False, 1, None, "yes"]), st.booleans())
+def test_any_wish_for_outputs_is_answered_or_refused(
+    folder: Path, wanted: list[object], default: object, binary: bool
+) -> None:
+    predictor = predictor_of(folder)
+    tensor = {"name": "input", "datatype": "FP32", "shape": list(X.shape)}
+    how = {"parameters": {"binary_data_size": X.nbytes}} if binary else {"data": X.tolist()}
+    request = {
+        "inputs": [{**tensor, **how}],
+        "outputs": wanted,
+        "parameters": {"binary_data_output": default},
+    }
+    head = json.dumps(request).encode()
+    try:
+        asked = protocol.decode(
+            head + X.tobytes() * binary, str(len(head)) if binary else None, predictor.manifest
+        )
+    except WireError:
+        return
+    body, length = protocol.encode("model", predictor.predict(asked.x), asked)
+    answer = json.loads(body[:length])
+    sizes = [o["parameters"]["binary_data_size"] for o in answer["outputs"] if "parameters" in o]
+    assert len(body) == (length or len(body)) + sum(sizes)
+    assert [output["name"] for output in answer["outputs"]] == [output.name for output in asked.outputs]
+
+
 # --- who may ask ----------------------------------------------------------------------------------
 
 
@@ -410,6 +450,23 @@ def test_an_agent_passes_its_settings_on(tmp_path: Path) -> None:
         "--batch-window-ms=2.0", "--insecure",
     ]  # fmt: skip
     assert ServeSettings().options() == []
+
+
+def test_the_agents_child_passes_its_options_on_and_says_why_it_did_not_start(tmp_path: Path) -> None:
+    publish(tmp_path / "artifacts")
+    (tmp_path / "key").write_text(KEY)
+    child = ServingChild("127.0.0.1", 0, tmp_path / "artifacts", [f"--api-key-file={tmp_path / 'key'}"])
+    try:
+        address = child.start()
+        assert (child.address, child.start()) == (address, address)
+        assert httpx.get(f"{address}/metrics").status_code == 401
+        assert httpx.get(f"{address}/metrics", headers={"x-api-key": KEY}).status_code == 200
+    finally:
+        child.stop()
+    assert child.address is None
+    open_to_all = ServingChild("0.0.0.0", 0, tmp_path / "artifacts")
+    with pytest.raises(HedgerowError, match="nobody would be asked for a key"):
+        open_to_all.start()
 
 
 # --- loading --------------------------------------------------------------------------------------
