@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic_core import to_json
+
 from edge_agent.serving.protocol import INPUT, OUTPUTS, datatype
 from foundation.artifact import Manifest
 
@@ -11,7 +13,11 @@ EXTENSIONS = (
 
 
 def metadata(name: str, manifest: Manifest) -> dict[str, object]:
-    """Return the protocol's description of a model, with our manifest under `properties`."""
+    """Return the protocol's description of a model, with our manifest under `properties`.
+
+    Properties are texts by the protocol: what is none in the manifest is there as JSON, and what is unknown
+    is left out.
+    """
     return {
         "name": name,
         "versions": [str(manifest.round)],
@@ -21,7 +27,11 @@ def metadata(name: str, manifest: Manifest) -> dict[str, object]:
             {"name": output, "datatype": kind, "shape": [-1, *_output(output, manifest)]}
             for output, kind in OUTPUTS.items()
         ],
-        "properties": manifest.model_dump(mode="json"),
+        "properties": {
+            key: value if isinstance(value, str) else to_json(value).decode()
+            for key, value in manifest.model_dump(mode="json").items()
+            if value is not None
+        },
     }
 
 

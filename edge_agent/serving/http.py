@@ -103,6 +103,7 @@ class Application:
             "/": {"GET": self._page},
             "/page.css": {"GET": self._asset},
             "/page.js": {"GET": self._asset},
+            "/manifest": {"GET": self._manifest},
             "/metrics": {"GET": self._counters},
             "/predict": {"POST": self._predict},
             "/v2": {"GET": self._server},
@@ -241,6 +242,10 @@ class Application:
     async def _counters(self, _: Ask) -> Answer:
         text = self.metrics.text(self._predictor.handle, self._runner.in_flight, loaded=self._loaded)
         return Answer(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def _manifest(self, _: Ask) -> Answer:
+        """Tell all that the artifact says about itself, in the types that it has."""
+        return as_json(self._predictor.manifest.model_dump(mode="json"))
 
     async def _predict(self, ask: Ask) -> Answer:
         """Answer JSON, a picture or an .npy file with labels and probabilities."""

@@ -266,7 +266,10 @@ def test_health_and_metadata(client: httpx.Client) -> None:
     assert [(o["name"], o["shape"]) for o in described["outputs"]] == [
         ("logits", [-1, 5]), ("probabilities", [-1, 5]), ("label", [-1]),
     ]  # fmt: skip
-    assert (described["versions"], described["properties"]["kept_units"]) == (["1"], list(KEPT))
+    told = described["properties"]  # texts, by the protocol
+    assert (described["versions"], json.loads(told["kept_units"])) == (["1"], list(KEPT))
+    assert (told["agent"], told["round"], "accuracy" in told) == ("agent <1>", "1", False)
+    assert all(isinstance(value, str) for value in told.values())
     index = client.post("/v2/repository/index").json()
     assert index == [{"name": "model", "version": "1", "state": "READY", "reason": ""}]
 

@@ -22,6 +22,7 @@ from edge_agent.serving import card, pictures
 from edge_agent.serving.answers import Refused
 from edge_agent.serving.http import Application
 from edge_agent.serving.predictor import Predictor
+from foundation.artifact import Manifest
 from foundation.errors import FrameTooLarge, WireError
 from foundation.parameters import Array
 from tests.export.reference import SPECS, raw_inputs
@@ -223,6 +224,13 @@ async def test_the_answer_names_the_likeliest_and_the_model(tmp_path: Path) -> N
     assert (model["agent"], model["round"], model["kept_units"]) == ("agent <1>", 1, [9, 2, 30])
     # Unknown is null, and not zero.
     assert (model["accuracy"], model["train_joules"], model["train_joules_kind"]) == (None, None, "none")
+
+
+async def test_the_manifest_is_told_as_it_is(tmp_path: Path) -> None:
+    manifest = publish(tmp_path)
+    async with asking(tmp_path) as client:
+        told = await client.get("/manifest")
+    assert Manifest.model_validate_json(told.text) == manifest
 
 
 # --- the page -------------------------------------------------------------------------------------
