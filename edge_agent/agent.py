@@ -212,7 +212,8 @@ class Agent:
         self._current: _Job | None = None
         self._outbox = asyncio.Event()
         self._delivered_bytes = 0
-        self._serving = ServingChild(settings.serve.host, settings.serve.port, self.vault.artifacts)
+        serve = settings.serve
+        self._serving = ServingChild(serve.host, serve.port, self.vault.artifacts, serve.options())
         self._courier = Courier(
             transport,
             frames=self._topic("assignment"),

@@ -26,6 +26,23 @@ class ServeSettings(Frozen):
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
     """0 lets the system choose; the card says which."""
+    api_key_file: Path | None = None
+    """File with the key that clients have to send; needed beyond loopback, unless `insecure`."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = False
+    """Lets the network ask without a key."""
+    batch_window_ms: float = Field(0.0, ge=0)
+    """How long a request waits for others to share a run with; 0 never."""
+
+    def options(self) -> list[str]:
+        """Return what `hedgerow serve` is told besides host and port."""
+        told = [
+            f"--{name.replace('_', '-')}={value}"
+            for name in ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
+            if (value := getattr(self, name))
+        ]
+        return told + ["--insecure"] * self.insecure
 
 
 class ExportSettings(Frozen):

@@ -93,7 +93,7 @@ def test_the_version_is_that_of_the_metadata() -> None:
         ("edge_agent.agent, edge_agent.__main__", set()),
         ("edge_agent.datasets, edge_agent.stream, edge_agent.energy.meter", set()),
         ("hedgerow.cli", set()),
-        ("edge_agent.serving.http, edge_agent.serving.__main__", {"onnxruntime", "fastapi", "uvicorn"}),
+        ("edge_agent.serving.http, edge_agent.serving.__main__", {"onnxruntime", "uvicorn"}),
         ("export.package", {"onnx", "onnxruntime"}),
     ],
 )

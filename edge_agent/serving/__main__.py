@@ -6,45 +6,78 @@ import argparse
 import logging
 import signal
 import socket
+import ssl
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
-from edge_agent.serving.http import create_app
-from edge_agent.serving.predictor import Predictor
-from foundation.errors import ExportError
+from edge_agent.serving.bodies import LARGEST_BODY_BYTES
+from edge_agent.serving.guard import Guard, is_loopback, read_key
+from edge_agent.serving.http import Application, ServerSettings
+from edge_agent.serving.predictor import LARGEST_BATCH, Predictor
+from edge_agent.serving.runner import MOST_IN_FLIGHT
+from foundation.errors import ExportError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-DONE, FAILED, REFUSED = 0, 1, 3
+DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
 DRAIN_S = 5
 BACKLOG = 128
+CONNECTIONS = 256
+"""Open connections and their requests; a guard against running out of files, far above what is answered."""
+
+_EXAMPLES = """examples:
+  hedgerow serve vault/artifacts                          the page to try it: http://127.0.0.1:8090/
+  hedgerow serve vault/artifacts --host 0.0.0.0 --api-key-file key --tls-cert cert.pem --tls-key key.pem
+  curl http://127.0.0.1:8090/predict --data-binary @picture.png
+  curl http://127.0.0.1:8090/predict -H "Authorization: Bearer $(cat key)" -d '{"inputs": [[0.1, 0.2]]}'
+
+docs/models.md has the rest. Ends with 0 when stopped, 1 when the address is taken, 2 when an option is wrong,
+3 when no artifact in the folder proves itself."""
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Says where it answers, once it does."""
+    """Says where it answers, once it does; and that it is not ready any more, once it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, application: Application) -> None:
+        super().__init__(config)
+        self._application = application
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as usual, then print one line with the address."""
         await super().startup(sockets)
+        scheme = "https" if self.config.is_ssl else "http"
         for bound in sockets or []:
             host, port = bound.getsockname()[:2]
-            sys.stdout.write(f"serving http://{f'[{host}]' if ':' in host else host}:{port}\n")
+            sys.stdout.write(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}\n")
         sys.stdout.flush()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End: what is being answered is answered, health says 503."""
+        self._application.leave()
+        super().handle_exit(sig, frame)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; 0 done, 1 the address is taken, 3 no artifact proves itself."""
+    """Serve until SIGTERM or SIGINT; 0 done, 1 address taken, 2 wrong option, 3 no artifact proves itself."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    start = time.perf_counter()
     try:
+        guard = _guard(options)
         predictor = Predictor(options.folder)
+    except SettingsError as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return WRONG
     except ExportError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
+    application = Application(predictor, _settings(options), guard, load_s=time.perf_counter() - start)
     try:
         listening = _listen(options.host, options.port)
     except OSError as error:
@@ -54,16 +87,56 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(DONE))
     config = uvicorn.Config(
-        create_app(predictor, options.name, watch_s=options.watch or None),
+        application,
+        interface="asgi3",
+        lifespan="on",
+        ws="none",
+        proxy_headers=False,
         access_log=False,
         log_level="warning",
-        limit_concurrency=64,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
     )
     with listening:
-        _AnnouncingServer(config).run(sockets=[listening])
+        _AnnouncingServer(config, application).run(sockets=[listening])
     return DONE
+
+
+def _settings(options: argparse.Namespace) -> ServerSettings:
+    return ServerSettings(
+        name=options.name,
+        watch_s=options.watch,
+        window_s=options.batch_window_ms / 1e3,
+        most_bytes=options.max_body_bytes,
+        most_samples=options.max_batch,
+        most_in_flight=options.max_in_flight,
+        control=options.folder if options.control else None,
+    )
+
+
+def _guard(options: argparse.Namespace) -> Guard:
+    """Return who is let in. Raises `SettingsError` for options that contradict each other or are unsafe."""
+    key = read_key(options.api_key_file) if options.api_key_file else None
+    loopback = is_loopback(options.host)
+    if not loopback and key is None and not options.insecure:
+        raise SettingsError(
+            f"--host {options.host} lets the network ask, and nobody would be asked for a key: name a file"
+            " with one (--api-key-file), or say that it is meant (--insecure)"
+        )
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise SettingsError("--tls-cert and --tls-key go together")
+    if options.tls_cert:
+        try:
+            # Without a password, so that an encrypted key is an error and not a question.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_cert, options.tls_key, "")
+        except OSError as error:
+            raise SettingsError(f"--tls-cert and --tls-key cannot be used: {error}") from error
+    elif key is not None and not loopback:
+        logger.warning("the key travels in the clear: --tls-cert and --tls-key encrypt it")
+    return Guard(key, loopback=loopback)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,15 +154,72 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hedgerow serve", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="hedgerow serve",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="folder with a `current` artifact, or one artifact")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8090, help="0 picks a free one")
-    parser.add_argument("--name", default="model", help="the model's name in the protocol")
+    parser.add_argument("--name", type=_name, default="model", help="the model's name in the protocol")
     parser.add_argument(
-        "--watch", type=float, default=1.0, help="seconds between two looks for a newer artifact; 0 never"
+        "--watch",
+        type=_not_negative,
+        default=1.0,
+        help="seconds between two looks for a newer artifact; 0 never",
+    )
+    where = parser.add_argument_group("where, and for whom")
+    where.add_argument("--host", default="127.0.0.1", help="beyond loopback only with a key, or --insecure")
+    where.add_argument("--port", type=int, default=8090, help="0 picks a free one")
+    where.add_argument("--api-key-file", type=Path, help="file with the key that clients have to send")
+    where.add_argument("--tls-cert", type=Path, help="certificate chain in PEM: serve HTTPS")
+    where.add_argument("--tls-key", type=Path, help="its private key in PEM, not encrypted")
+    where.add_argument("--insecure", action="store_true", help="the network may ask without a key")
+    where.add_argument(
+        "--control", action="store_true", help="clients may send another artifact, and unload the model"
+    )
+    bounds = parser.add_argument_group("bounds")
+    bounds.add_argument(
+        "--batch-window-ms",
+        type=_not_negative,
+        default=0.0,
+        help="how long a request waits for others to share a run with, where sharing pays; 0 off (default)",
+    )
+    bounds.add_argument("--max-batch", type=_samples, default=LARGEST_BATCH, help="samples of one request")
+    bounds.add_argument(
+        "--max-body-bytes", type=_positive, default=LARGEST_BODY_BYTES, help="of one body, unpacked too"
+    )
+    bounds.add_argument(
+        "--max-in-flight", type=_positive, default=MOST_IN_FLIGHT, help="requests at once; more get 503"
     )
     return parser
+
+
+def _name(text: str) -> str:
+    if not text or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in text) or text == "stats":
+        raise argparse.ArgumentTypeError("a name is letters, digits, - _ and .")
+    return text
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return value
+
+
+def _samples(text: str) -> int:
+    value = _positive(text)
+    if value > LARGEST_BATCH:
+        raise argparse.ArgumentTypeError(f"at most {LARGEST_BATCH}")
+    return value
 
 
 if __name__ == "__main__":

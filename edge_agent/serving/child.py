@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from socket import create_server
 from time import monotonic, sleep
@@ -20,10 +22,15 @@ START_S = 20.0
 
 
 class ServingChild:
-    """The serving process of one agent; started once, it follows `artifacts/current` by itself."""
+    """The serving process of one agent; started once, it follows `artifacts/current` by itself.
 
-    def __init__(self, host: str, port: int, artifacts: Path) -> None:
+    `options` are more of `hedgerow serve`'s.
+    """
+
+    def __init__(self, host: str, port: int, artifacts: Path, options: Sequence[str] = ()) -> None:
         self._host, self._port, self._artifacts = host, port, artifacts
+        self._options = list(options)
+        self._scheme = "https" if any(one.startswith("--tls-cert") for one in options) else "http"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -31,7 +38,7 @@ class ServingChild:
         """Where it answers, while it runs."""
         if self._process is None or self._process.poll() is not None:
             return None
-        return f"http://{self._host}:{self._port}"
+        return f"{self._scheme}://{self._host}:{self._port}"
 
     def start(self) -> str:
         """Start it if it does not run; returns its address, raises `HedgerowError` if it does not answer."""
@@ -42,22 +49,23 @@ class ServingChild:
                 self._port = probe.getsockname()[1]
         log = self._artifacts.parent / "serving.log"
         command = [sys.executable, "-m", "edge_agent.serving", str(self._artifacts)]
-        command += ["--host", self._host, "--port", str(self._port)]
+        command += ["--host", self._host, "--port", str(self._port), *self._options]
         with log.open("ab") as file:
             self._process = subprocess.Popen(bound_to_parent(command), stdout=file, stderr=file)
         deadline = monotonic() + START_S
         while monotonic() < deadline and self._process.poll() is None:
             if self._ready():
                 logger.info("serving", extra={"address": self.address})
-                return f"http://{self._host}:{self._port}"
+                return f"{self._scheme}://{self._host}:{self._port}"
             sleep(0.05)
         self.stop()
-        raise HedgerowError(f"serving did not start; its log is {log}")
+        last = (log.read_text("utf-8", "replace").splitlines() or ["it said nothing"])[-1]
+        raise HedgerowError(f"serving did not start: {last[:300]}; its log is {log}")
 
     def _ready(self) -> bool:
         try:
-            url = f"http://{self._host}:{self._port}/v2/health/ready"
-            with urllib.request.urlopen(url, timeout=1) as answer:
+            url = f"{self._scheme}://{self._host}:{self._port}/v2/health/ready"
+            with urllib.request.urlopen(url, timeout=1, context=_own()) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False  # not listening yet: asked again until the deadline
@@ -73,3 +81,11 @@ class ServingChild:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _own() -> ssl.SSLContext:
+    """Return a context that does not ask who answers: it is the child, and all it is asked is whether."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context

@@ -1,7 +1,8 @@
 """The Open Inference Protocol (V2) over HTTP, a page and an address for people, and counters.
 
-Bodies are read raw, within bounds of size and time, and parsed once. Errors are `{"error": "..."}`, as
-the protocol's clients expect. The application loads numpy, onnxruntime and fastapi, and no training code.
+A plain ASGI application: a framework would add a sixth to the time of an answer, and two fifths to that of
+the start. Bodies are read raw, within bounds, and parsed once. Errors are `{"error": "..."}`, as the
+protocol's clients expect. The process loads numpy and onnxruntime, and no training code.
 """
 
 from __future__ import annotations
@@ -9,233 +10,394 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from edge_agent.serving import card, protocol
-from edge_agent.serving.metrics import Metrics
-from edge_agent.serving.predictor import Prediction, Predictor
-from foundation.errors import DataError, FrameTooLarge, WireError
+from edge_agent.serving import bodies, card, control, describe, people, pictures, protocol
+from edge_agent.serving.answers import Answer, Refused, as_json, refusal
+from edge_agent.serving.bodies import Bodies, Receive
+from edge_agent.serving.guard import Guard
+from edge_agent.serving.metrics import Metrics, Statistics
+from edge_agent.serving.predictor import LARGEST_BATCH, Predictor
+from edge_agent.serving.runner import MOST_IN_FLIGHT, Runner
+from foundation.artifact import Manifest
 from foundation.parameters import Array
 
 logger = logging.getLogger(__name__)
 
-LARGEST_BODY_BYTES = 8 << 20
-BODY_S = 30.0
-"""Seconds that a client has to send its body."""
-INLINE_MS = 2.0
-"""A model that runs faster than this answers on the event loop; a thread would cost more than it saves."""
-MOST_PROBABLE = 20
-"""Probabilities that `/predict` lists per sample."""
+LARGEST_UPLOAD_BYTES = 64 << 20
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
 
-def create_app(predictor: Predictor, name: str = "model", *, watch_s: float | None = 1.0) -> FastAPI:
-    """Return the application that serves a predictor under a model name.
 
-    `watch_s` is how often it looks whether the folder's `current` artifact has moved; `None` never does.
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What a server can be told; `watch_s` 0 never looks for a newer artifact, `window_s` 0 never batches."""
+
+    name: str = "model"
+    watch_s: float = 1.0
+    window_s: float = 0.0
+    most_bytes: int = bodies.LARGEST_BODY_BYTES
+    most_samples: int = LARGEST_BATCH
+    most_in_flight: int = MOST_IN_FLIGHT
+    control: Path | None = None
+    """Folder of artifacts into which clients may send one, and whose model they may unload; or nothing."""
+
+
+class Ask(NamedTuple):
+    """One request."""
+
+    method: str
+    path: str
+    headers: dict[bytes, bytes]
+    receive: Receive
+    start: float
+    model: str = ""
+    version: str | None = None
+
+
+Handler = Callable[[Ask], Awaitable[Answer]]
+
+
+class Application:
+    """The ASGI application that serves a predictor.
+
+    `load_s` is how long the predictor took to load; `answered` is told the seconds of every run.
     """
-    server = _Server(predictor, name)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watcher = asyncio.create_task(server.watch(watch_s)) if watch_s else None
-        yield
-        if watcher:
-            watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
-
-    app = FastAPI(title="Hedgerow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(_Counted, metrics=server.metrics)
-    app.add_exception_handler(HTTPException, _http_error)
-    for refusal in (WireError, DataError):
-        app.add_exception_handler(refusal, _refused)
-    app.add_exception_handler(Exception, _failed)
-    routes: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
-        ("GET", "/", server.card),
-        ("GET", "/metrics", server.counters),
-        ("POST", "/predict", server.predict),
-        ("GET", "/v2", server.server_metadata),
-        ("GET", "/v2/health/live", server.live),
-        ("GET", "/v2/health/ready", server.live),
-        ("POST", "/v2/repository/index", server.index),
-        ("GET", "/v2/models/{model}", server.model_metadata),
-        ("GET", "/v2/models/{model}/ready", server.model_ready),
-        ("POST", "/v2/models/{model}/infer", server.infer),
-        ("GET", "/v2/models/{model}/versions/{version}", server.model_metadata),
-        ("GET", "/v2/models/{model}/versions/{version}/ready", server.model_ready),
-        ("POST", "/v2/models/{model}/versions/{version}/infer", server.infer),
-    )
-    for method, path, handler in routes:
-        app.add_api_route(path, handler, methods=[method], response_model=None)
-    return app
-
-
-class _Counted:
-    """Counts every answer by its status; plain ASGI, as it stands in the way of every request."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # what is answered for a handler that raises
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        finally:
-            self._metrics.requests[status] += 1
-
-
-class _Server:
-    """The handlers, and what they share."""
-
-    def __init__(self, predictor: Predictor, name: str) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        settings: ServerSettings | None = None,
+        guard: Guard | None = None,
+        *,
+        load_s: float | None = None,
+        answered: Callable[[float], None] | None = None,
+    ) -> None:
         self._predictor = predictor
-        self._name = name
-        self.metrics = Metrics()
-        self._thread = asyncio.Semaphore(1)
+        self._settings = settings = settings or ServerSettings()
+        self._guard = guard or Guard()
+        self.metrics = Metrics(load_s)
+        self._answered = answered
+        self._runner = Runner(
+            predictor,
+            self._ran,
+            window_s=settings.window_s,
+            most_samples=settings.most_samples,
+            most_in_flight=settings.most_in_flight,
+        )
+        self._bodies = Bodies(settings.most_bytes)
+        self._uploads = Bodies(max(LARGEST_UPLOAD_BYTES, settings.most_bytes))
+        self._loaded, self._leaving = True, False
+        self._watcher: asyncio.Task[None] | None = None
+        self._known_refusal: str | None = None
+        self._top = ("", 0.0)
+        self._paths: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self._page},
+            "/page.css": {"GET": self._asset},
+            "/page.js": {"GET": self._asset},
+            "/manifest": {"GET": self._manifest},
+            "/metrics": {"GET": self._counters},
+            "/predict": {"POST": self._predict},
+            "/v2": {"GET": self._server},
+            "/v2/health/live": {"GET": self._live},
+            "/v2/health/ready": {"GET": self._ready},
+            "/v2/models/stats": {"GET": self._statistics},
+            "/v2/repository/index": {"POST": self._index},
+        }
+        self._verbs: dict[str, dict[str, Handler]] = {
+            "": {"GET": self._metadata},
+            "ready": {"GET": self._model_ready},
+            "infer": {"POST": self._infer},
+            "config": {"GET": self._configuration},
+            "stats": {"GET": self._statistics},
+        }
+        self._controls: dict[str, dict[str, Handler]] = {
+            "load": {"POST": self._load},
+            "unload": {"POST": self._unload},
+        }
 
-    async def watch(self, every_s: float) -> None:
-        """Look for a newer artifact again and again; loading and proving happen in a thread."""
-        last: str | None = None
+    def leave(self) -> None:
+        """Say from now on that it is not ready: the process is about to end."""
+        self._leaving = True
+
+    # --- ASGI -----------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one connection's scope."""
+        if scope["type"] == "lifespan":
+            await self._live_through(receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _live_through(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await asyncio.to_thread(self._runner.measure, self._predictor.handle)
+        if self._settings.watch_s:
+            self._watcher = asyncio.create_task(self._watch(self._settings.watch_s))
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        if self._watcher:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._runner.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        ask = Ask(
+            scope["method"].replace("HEAD", "GET"),
+            scope["path"],
+            dict(scope["headers"]),
+            receive,
+            time.perf_counter(),
+        )
+        try:
+            self._guard.check(ask.method, ask.path, ask.headers)
+            handler, ask = self._route(ask)
+            answer = await handler(ask)
+        except Exception as error:
+            found = refusal(error)
+            if found is None:
+                logger.exception("a request failed")
+                found = as_json({"error": "the server failed; its log says why"}, 500)
+            answer = found
+        self.metrics.requests[answer.status] += 1
+        headers = [
+            (b"content-type", answer.kind.encode()),
+            (b"content-length", str(len(answer.body)).encode()),
+            *((name.encode(), value.encode()) for name, value in answer.headers),
+        ]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    def _route(self, ask: Ask) -> tuple[Handler, Ask]:
+        methods = self._paths.get(ask.path)
+        if methods is None:
+            methods, model, version = self._of_a_model(ask.path.split("/")[1:])
+            ask = ask._replace(model=model, version=version)
+        if methods is None:
+            raise Refused(404, f"Not Found: there is nothing at {ask.path[:100]!r}")
+        if ask.method not in methods:
+            allowed = ", ".join(methods)
+            raise Refused(405, f"Method Not Allowed: {ask.path[:100]} takes {allowed}", ("Allow", allowed))
+        return methods[ask.method], ask
+
+    def _of_a_model(self, parts: list[str]) -> tuple[dict[str, Handler] | None, str, str | None]:
+        match parts:
+            case ["v2", "models", model, "versions", version, *verb] if len(verb) <= 1:
+                return self._verbs.get(verb[0] if verb else ""), model, version
+            case ["v2", "models", model, *verb] if len(verb) <= 1:
+                return self._verbs.get(verb[0] if verb else ""), model, None
+            case ["v2", "repository", "models", model, verb]:
+                return self._controls.get(verb), model, None
+        return None, "", None
+
+    # --- newer artifacts ------------------------------------------------------------------------
+
+    async def _watch(self, every_s: float) -> None:
+        """Look for a newer artifact again and again."""
         while True:
             await asyncio.sleep(every_s)
             try:
-                found = await asyncio.to_thread(self._predictor.reload)
+                await self._look()
             except Exception:  # the watch outlives whatever went wrong with one artifact
                 logger.exception("looking for a newer artifact failed")
-                continue
-            self.metrics.swaps += found.changed
-            self.metrics.refused_artifacts += found.refusal is not None and found.refusal != last
-            last = found.refusal
+
+    async def _look(self) -> str | None:
+        """Move to a newer artifact if there is one; loading and proving happen in a thread.
+
+        Returns why one was not taken.
+        """
+        start = time.perf_counter()
+        found = await asyncio.to_thread(self._predictor.reload)
+        if found.changed:
+            self.metrics.load_s = time.perf_counter() - start
+            self.metrics.swaps += 1
+            await asyncio.to_thread(self._runner.measure, self._predictor.handle)
+        self.metrics.refused_artifacts += found.refusal is not None and found.refusal != self._known_refusal
+        self._known_refusal = found.refusal
+        return found.refusal
 
     # --- for people -----------------------------------------------------------------------------
 
-    async def card(self) -> Response:
-        """Show the model card."""
-        return HTMLResponse(card.page(self._name, self._predictor.handle))
+    async def _page(self, ask: Ask) -> Answer:
+        """Show the model card and the form; without the key, where one is asked for, only a field for it."""
+        handle = self._predictor.handle if self._guard.knows(ask.headers) else None
+        top = self._largest_value() if handle else 0.0
+        return card.page(self._settings.name, handle, top, keyed=self._guard.keyed)
 
-    async def counters(self) -> Response:
-        """Show the counters."""
-        return PlainTextResponse(self.metrics.text(self._predictor.handle))
+    async def _asset(self, ask: Ask) -> Answer:
+        return card.asset(ask.path.lstrip("/"))
 
-    async def predict(self, request: Request) -> Response:
-        """Answer `{"inputs": [...]}` with labels and probabilities."""
-        x = protocol.samples(await _body(request), self._predictor.manifest)
-        prediction = await self._predicted(x)
-        manifest = prediction.manifest
-        return JSONResponse(
-            {
-                "model": {"agent": manifest.agent, "round": manifest.round, "sha256": manifest.sha256},
-                "predictions": [
-                    _for_people(label, values, manifest.labels)
-                    for label, values in zip(prediction.labels, prediction.probabilities, strict=True)
-                ],
-            }
-        )
+    async def _counters(self, _: Ask) -> Answer:
+        text = self.metrics.text(self._predictor.handle, self._runner.in_flight, loaded=self._loaded)
+        return Answer(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    # --- the protocol ---------------------------------------------------------------------------
+    async def _manifest(self, _: Ask) -> Answer:
+        """Tell all that the artifact says about itself, in the types that it has."""
+        return as_json(self._predictor.manifest.model_dump(mode="json"))
 
-    async def live(self) -> Response:
-        """Say that the process answers; it only does once a model has proven itself, so it is ready too."""
-        return JSONResponse({"live": True, "ready": True})
+    async def _predict(self, ask: Ask) -> Answer:
+        """Answer JSON, a picture or an .npy file with labels and probabilities."""
+        self._answering()
+        with self._runner.place():
+            async with self._bodies.read(ask.headers, ask.receive) as body:
+                handle = self._predictor.handle
+                x = await self._raw_values(body, handle.manifest)
+            ran = await self._runner.run(x, handle)
+        self.metrics.total.add(time.perf_counter() - ask.start)
+        return as_json(people.answer(ran))
 
-    async def server_metadata(self) -> Response:
-        """Describe the server."""
-        return JSONResponse({"name": "hedgerow", "version": _version(), "extensions": ["binary_tensor_data"]})
+    async def _raw_values(self, body: bytes, manifest: Manifest) -> Array:
+        kind = pictures.kind(body)
+        if kind == "picture":
+            return await asyncio.to_thread(pictures.picture, body, manifest, self._largest_value())
+        return people.array(body, manifest) if kind == "npy" else people.samples(body, manifest)
 
-    async def index(self) -> Response:
-        """List the one model that is here."""
+    def _largest_value(self) -> float:
+        handle = self._predictor.handle
+        if self._top[0] != handle.manifest.sha256:
+            self._top = (handle.manifest.sha256, pictures.largest_value(handle.folder))
+        return self._top[1]
+
+    # --- the protocol: who and what -------------------------------------------------------------
+
+    async def _live(self, _: Ask) -> Answer:
+        return as_json({"live": True})
+
+    async def _ready(self, _: Ask) -> Answer:
+        """Say that the model answers; the server listens only once it has proven itself."""
+        ready = self._loaded and not self._leaving
+        return as_json({"ready": ready}, 200 if ready else 503)
+
+    async def _server(self, _: Ask) -> Answer:
+        return as_json({"name": "hedgerow", "version": _version(), "extensions": describe.EXTENSIONS})
+
+    async def _index(self, _: Ask) -> Answer:
         version = self._predictor.handle.version
-        return JSONResponse([{"name": self._name, "version": version, "state": "READY", "reason": ""}])
+        return as_json(describe.index(self._settings.name, version, loaded=self._loaded))
 
-    async def model_metadata(self, model: str, version: str | None = None) -> Response:
-        """Describe the model."""
-        self._known(model, version)
-        return JSONResponse(protocol.model_metadata(self._name, self._predictor.manifest))
+    async def _metadata(self, ask: Ask) -> Answer:
+        self._known(ask)
+        return as_json(describe.metadata(self._settings.name, self._predictor.manifest))
 
-    async def model_ready(self, model: str, version: str | None = None) -> Response:
-        """Say that the model answers."""
-        self._known(model, version)
-        return JSONResponse({"name": self._name, "ready": True})
+    async def _configuration(self, ask: Ask) -> Answer:
+        self._known(ask)
+        told = self._settings
+        manifest = self._predictor.manifest
+        return as_json(describe.configuration(told.name, manifest, told.most_samples, told.window_s))
 
-    async def infer(self, request: Request, model: str, version: str | None = None) -> Response:
+    async def _model_ready(self, ask: Ask) -> Answer:
+        self._known(ask)
+        ready = self._loaded and not self._leaving
+        return as_json({"name": self._settings.name, "ready": ready}, 200 if ready else 503)
+
+    async def _statistics(self, ask: Ask) -> Answer:
+        if ask.model:
+            self._known(ask)
+        version = self._predictor.handle.version
+        stats = self.metrics.statistics(version).as_json(self._settings.name, version)
+        return as_json({"model_stats": [stats]})
+
+    # --- the protocol: loading ------------------------------------------------------------------
+
+    async def _load(self, ask: Ask) -> Answer:
+        """Look for a newer artifact now; with files in the request, take those."""
+        self._known(ask)
+        reader = self._bodies if self._settings.control is None else self._uploads
+        async with reader.read(ask.headers, ask.receive) as body:
+            files = control.files_of(body)
+        if files:
+            await asyncio.to_thread(control.install, self._controlled(), files)
+        if refusal := await self._look():
+            raise Refused(409, f"not taken, the model before it serves on: {refusal}")
+        self._loaded = True
+        return as_json({})
+
+    async def _unload(self, ask: Ask) -> Answer:
+        self._known(ask)
+        self._controlled()
+        self._loaded = False
+        return as_json({})
+
+    def _controlled(self) -> Path:
+        if self._settings.control is None:
+            raise Refused(403, "clients may not change what is served here; --control lets them")
+        return self._settings.control
+
+    # --- the protocol: inference ----------------------------------------------------------------
+
+    async def _infer(self, ask: Ask) -> Answer:
         """Answer a V2 inference request, as JSON or with tensors appended as bytes."""
-        self._known(model, version)
-        body, header = await _body(request), request.headers.get(_HEADER_LENGTH)
-        asked = protocol.decode(body, header, self._predictor.manifest)
-        prediction = await self._predicted(asked.x)
-        answer, length = protocol.encode(self._name, prediction, asked)
-        if length is None:
-            return Response(answer, media_type="application/json")
-        return Response(answer, media_type="application/octet-stream", headers={_HEADER_LENGTH: str(length)})
+        self._known(ask)
+        self._answering()
+        statistics = self.metrics.statistics(self._predictor.handle.version)
+        try:
+            with self._runner.place():
+                answer = await self._inferred(ask, statistics)
+        except Exception:
+            statistics.stage("fail", time.perf_counter() - ask.start)
+            raise
+        spent = time.perf_counter() - ask.start
+        statistics.stage("success", spent)
+        self.metrics.total.add(spent)
+        return answer
 
-    def _known(self, model: str, version: str | None) -> None:
-        if model != self._name:
-            raise HTTPException(404, f"there is no model {model[:64]!r}; the model here is {self._name!r}")
-        serving = self._predictor.handle.version
-        if version not in (None, serving):
-            raise HTTPException(404, f"{model!r} is at version {serving!r}, not {str(version)[:64]!r}")
+    async def _inferred(self, ask: Ask, statistics: Statistics) -> Answer:
+        length = ask.headers.get(_HEADER_LENGTH.lower().encode())
+        async with self._bodies.read(ask.headers, ask.receive) as body:
+            start, handle = time.perf_counter(), self._predictor.handle
+            asked = protocol.decode(
+                body, None if length is None else length.decode("latin-1"), handle.manifest
+            )
+            decoded = time.perf_counter()
+        ran = await self._runner.run(asked.x, handle)
+        # A request for one version must not get the answer of another that came meanwhile.
+        _of_version(ask, str(ran.prediction.manifest.round))
+        run = time.perf_counter()
+        content, head = protocol.encode(self._settings.name, ran.prediction, asked)
+        content, packed = bodies.pack(content, ask.headers.get(b"accept-encoding", b""))
+        for stage, spent in (
+            ("compute_input", decoded - start),
+            ("queue", ran.waited_s),
+            ("compute_infer", ran.run_s),
+            ("compute_output", time.perf_counter() - run),
+        ):
+            statistics.stage(stage, spent)
+        headers = (("Content-Encoding", packed),) if packed else ()
+        if head is None:
+            return Answer(content, headers=headers)
+        return Answer(content, "application/octet-stream", headers=((_HEADER_LENGTH, str(head)), *headers))
 
-    async def _predicted(self, x: Array) -> Prediction:
-        start = time.perf_counter()
-        if self._predictor.handle.run_ms * max(1, len(x)) < INLINE_MS:
-            prediction = self._predictor.predict(x)
-        else:
-            # One at a time: the model has one thread, and others on the device train.
-            async with self._thread:
-                prediction = await asyncio.to_thread(self._predictor.predict, x)
-        self.metrics.inferred(len(x), time.perf_counter() - start)
-        return prediction
+    def _ran(self, version: str, samples: int, requests: int, seconds: float) -> None:
+        self.metrics.ran(version, samples, requests, seconds)
+        if self._answered is not None:
+            self._answered(seconds)
+
+    def _known(self, ask: Ask) -> None:
+        if ask.model != self._settings.name:
+            name = self._settings.name
+            raise Refused(404, f"there is no model {ask.model[:64]!r}; the model here is {name!r}")
+        _of_version(ask, self._predictor.handle.version)
+
+    def _answering(self) -> None:
+        if not self._loaded:
+            raise Refused(503, f"the model {self._settings.name!r} is unloaded: load it first")
 
 
-async def _body(request: Request) -> bytes:
-    """Read a body within its bounds of size and time, whatever its headers claim."""
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise HTTPException(415, "compressed bodies are not taken")
-    too_large = FrameTooLarge(f"a body has at most {LARGEST_BODY_BYTES} bytes")
-    claimed = request.headers.get("Content-Length", "0")
-    if claimed.isdigit() and int(claimed) > LARGEST_BODY_BYTES:
-        raise too_large
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                size += len(part)
-                if size > LARGEST_BODY_BYTES:
-                    raise too_large
-                parts.append(part)
-    except TimeoutError as error:
-        raise HTTPException(408, f"the body did not arrive within {BODY_S:.0f} s") from error
-    return b"".join(parts)
-
-
-def _for_people(label: str, probabilities: Array, labels: tuple[str, ...]) -> dict[str, object]:
-    """Return the label, its probability and those of the likeliest others; for text, of what follows."""
-    values = probabilities if probabilities.ndim == 1 else probabilities[-1]
-    likeliest = (-values).argsort(kind="stable")[:MOST_PROBABLE]
-    return {
-        "label": label,
-        "probability": float(values.max()),
-        "probabilities": {labels[i]: float(values[i]) for i in likeliest},
-    }
+def _of_version(ask: Ask, serving: str) -> None:
+    if ask.version not in (None, serving):
+        raise Refused(404, f"{ask.model!r} is at version {serving!r}, not {str(ask.version)[:64]!r}")
 
 
 def _version() -> str:
@@ -243,18 +405,3 @@ def _version() -> str:
         return metadata.version("hedgerow")
     except metadata.PackageNotFoundError:
         return "unknown"  # run from a checkout that is not installed
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 413 if isinstance(error, FrameTooLarge) else 400)
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error)
-    return JSONResponse({"error": "the server failed; its log says why"}, 500)

@@ -1,12 +1,15 @@
 """The tensors of the Open Inference Protocol (V2), as JSON and as appended bytes; no web framework.
 
 With the binary extension a body is JSON of `Inference-Header-Content-Length` bytes followed by raw
-little-endian tensors; a length of 0 means that the whole body is the one input tensor.
+little-endian tensors; a length of 0 means that the whole body is the one input tensor, answered with
+all outputs as bytes. An output asked for as `classification` of n is answered as n texts
+`value:index:label`, largest value first.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,6 +30,7 @@ DATATYPES: Mapping[str, str] = {
 }  # fmt: skip
 
 _LONGEST_ID = 256
+_ELSEWHERE = "shared_memory_region"
 
 
 class _Tensor(BaseModel):
@@ -34,58 +38,46 @@ class _Tensor(BaseModel):
     datatype: str
     shape: list[int] = Field(min_length=1, max_length=8)
     data: list[object] | None = None
-    parameters: dict[str, object] = {}
+    parameters: dict[str, object] = Field(default_factory=dict)
 
 
 class _Wanted(BaseModel):
     name: str
-    parameters: dict[str, object] = {}
+    parameters: dict[str, object] = Field(default_factory=dict)
 
 
 class _Request(BaseModel):
     id: str | None = Field(None, max_length=_LONGEST_ID)
     inputs: list[_Tensor] = Field(min_length=1, max_length=1)
-    outputs: list[_Wanted] = Field(default=[], max_length=len(OUTPUTS))
-    parameters: dict[str, object] = {}
+    outputs: list[_Wanted] = Field(default_factory=list, max_length=len(OUTPUTS))
+    parameters: dict[str, object] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output that is wanted, and how."""
+
+    name: str
+    binary: bool
+    classes: int = 0
+    """How many of the largest to name, as texts; 0 for the tensor itself."""
+
+
+_ALL = {binary: tuple(Output(name, binary) for name in OUTPUTS) for binary in (False, True)}
 
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """A decoded request: the input, and which outputs are wanted in which form."""
+    """A decoded request: the input, and which outputs are wanted."""
 
     x: Array
     id: str | None
-    outputs: tuple[tuple[str, bool], ...]
-    """Names, and whether each is answered as bytes."""
+    outputs: tuple[Output, ...]
 
 
 def datatype(manifest: Manifest) -> str:
     """Return the protocol's name for the type of a model's input."""
     return "INT64" if manifest.input == "text" else "FP32"
-
-
-def model_metadata(name: str, manifest: Manifest) -> dict[str, object]:
-    """Return the protocol's description of a model, with our manifest under `properties`."""
-    text = manifest.input == "text"
-    answer = [-1, -1] if text else [-1]
-    shapes = {"label": answer}
-    return {
-        "name": name,
-        "versions": [str(manifest.round)],
-        "platform": "onnxruntime_onnx",
-        "inputs": [
-            {
-                "name": INPUT,
-                "datatype": datatype(manifest),
-                "shape": [-1, -1] if text else [-1, *manifest.shape],
-            }
-        ],
-        "outputs": [
-            {"name": n, "datatype": t, "shape": shapes.get(n, [*answer, len(manifest.labels)])}
-            for n, t in OUTPUTS.items()
-        ],
-        "properties": manifest.model_dump(mode="json"),
-    }
 
 
 def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferRequest:
@@ -96,7 +88,7 @@ def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferR
     """
     length = _header_length(body, header_length)
     if length == 0:
-        return InferRequest(_raw_tensor(body, manifest), None, (("logits", False), ("label", False)))
+        return InferRequest(_raw_tensor(body, manifest), None, _ALL[True])
     try:
         request = _Request.model_validate_json(body[:length])
     except ValidationError as error:
@@ -118,11 +110,13 @@ def encode(name: str, prediction: Prediction, request: InferRequest) -> tuple[by
     }
     outputs: list[dict[str, object]] = []
     appended: list[bytes] = []
-    for output, binary in request.outputs:
-        array = arrays[output]
-        entry: dict[str, object] = {"name": output, "datatype": OUTPUTS[output], "shape": list(array.shape)}
-        if binary:
-            appended.append(array.tobytes())
+    for output in request.outputs:
+        array, kind = arrays[output.name], OUTPUTS[output.name]
+        if output.classes:
+            array, kind = _classified(array, output.classes, prediction.manifest.labels), "BYTES"
+        entry: dict[str, object] = {"name": output.name, "datatype": kind, "shape": list(array.shape)}
+        if output.binary:
+            appended.append(_texts(array) if output.classes else array.tobytes())
             entry["parameters"] = {"binary_data_size": len(appended[-1])}
         else:
             entry["data"] = array.ravel().tolist()
@@ -138,31 +132,19 @@ def encode(name: str, prediction: Prediction, request: InferRequest) -> tuple[by
     return b"".join([head, *appended]), len(head) if appended else None
 
 
-def samples(body: bytes, manifest: Manifest) -> Array:
-    """Decode `{"inputs": [...]}`, the request for people: one sample or several, or strings for text.
-
-    Raises `WireError` when there is no such list or it is not numbers of one shape.
-    """
-    try:
-        inputs = _People.model_validate_json(body).inputs
-    except ValidationError as error:
-        message = error.errors(include_input=False, include_url=False)[0]["msg"]
-        raise WireError(f'send {{"inputs": [...]}} with one or several samples: {message}') from error
-    if manifest.input == "text" and inputs and all(isinstance(text, str) for text in inputs):
-        inputs = [_characters(str(text), manifest) for text in inputs]
-    x = _numbers(inputs)
-    return x[None] if x.ndim == len(manifest.shape) else x
+def _classified(values: Array, most: int, labels: tuple[str, ...]) -> Array:
+    """Return (..., n) texts `value:index:label`, the largest value first."""
+    order = (-values).argsort(-1, kind="stable")[..., :most]
+    texts = np.empty(order.shape, object)
+    for place, i in np.ndenumerate(order):
+        texts[place] = f"{values[(*place[:-1], i)]:f}:{i}:{labels[i]}"
+    return texts
 
 
-class _People(BaseModel):
-    inputs: list[object]
-
-
-def _characters(text: str, manifest: Manifest) -> object:
-    numbers = {label: i for i, label in enumerate(manifest.labels)}
-    if unknown := [c for c in text if c not in numbers]:
-        raise WireError(f"the model does not know the character {unknown[0]!r}")
-    return [numbers[c] for c in text]
+def _texts(array: Array) -> bytes:
+    """Return texts as the protocol appends them: each after its length in four bytes."""
+    encoded = [text.encode() for text in array.ravel()]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
 
 
 def _header_length(body: bytes, header: str | None) -> int:
@@ -189,6 +171,8 @@ def _array(tensor: _Tensor, appended: bytes) -> Array:
     kind, size = np.dtype(DATATYPES[tensor.datatype]), tensor.parameters.get("binary_data_size")
     if min(tensor.shape) < 0:
         raise WireError(f"the shape {tensor.shape} has a negative number")
+    if _ELSEWHERE in tensor.parameters:
+        raise WireError("tensors in shared memory are not read: send the data")
     if size is not None:
         values = _binary(tensor, kind, size, appended)
     elif tensor.data is None:
@@ -196,7 +180,7 @@ def _array(tensor: _Tensor, appended: bytes) -> Array:
     elif appended:
         raise WireError(f"{len(appended)} bytes follow the JSON, and no tensor claims them")
     else:
-        values = _typed(_numbers(tensor.data), kind)
+        values = _typed(numbers(tensor.data), kind)
     if values.size != math.prod(tensor.shape):
         raise WireError(f"{values.size} numbers do not make the shape {tensor.shape}")
     return values.reshape(tensor.shape)
@@ -212,7 +196,7 @@ def _binary(tensor: _Tensor, kind: np.dtype[np.generic], size: object, appended:
     return np.frombuffer(appended, kind)
 
 
-def _numbers(data: list[object]) -> Array:
+def numbers(data: list[object]) -> Array:
     """Return nested lists of numbers as an array; text, truth values and ragged lists are refused."""
     try:
         values = np.asarray(data)
@@ -235,9 +219,23 @@ def _within(values: Array, limits: np.iinfo[np.signedinteger]) -> bool:
     return int(values.min()) >= limits.min and int(values.max()) <= limits.max
 
 
-def _outputs(request: _Request) -> tuple[tuple[str, bool], ...]:
+def _outputs(request: _Request) -> tuple[Output, ...]:
     default = request.parameters.get("binary_data_output") is True
-    wanted = request.outputs or [_Wanted(name=name) for name in OUTPUTS]
-    if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
+    if not request.outputs:
+        return _ALL[default]
+    if unknown := [output.name for output in request.outputs if output.name not in OUTPUTS]:
         raise WireError(f"the model has no output {unknown[0][:64]!r}; it has {', '.join(OUTPUTS)}")
-    return tuple((o.name, o.parameters.get("binary_data", default) is True) for o in wanted)
+    return tuple(
+        Output(o.name, o.parameters.get("binary_data", default) is True, _classes(o)) for o in request.outputs
+    )
+
+
+def _classes(output: _Wanted) -> int:
+    if _ELSEWHERE in output.parameters:
+        raise WireError("answers are not written to shared memory: leave it out, and they are sent")
+    classes = output.parameters.get("classification", 0)
+    if type(classes) is not int or classes < 0:
+        raise WireError(f"classification is a number of classes, not {str(classes)[:20]!r}")
+    if classes and OUTPUTS[output.name] != "FP32":
+        raise WireError(f"the output {output.name!r} has no classes to name: ask logits or probabilities")
+    return classes
