@@ -645,9 +645,23 @@ class Engine:
             self._malformed(agent, f"it introduces itself as {card.agent!r}")
             return
         self.roster.heard(agent)
+        await self._tell_verdicts(agent, card)
         self.roster.entry(agent).card = card
         self.live.card(card)
         await asyncio.to_thread(self.store.upsert_agent, card, datetime.now(UTC))
+
+    async def _tell_verdicts(self, agent: str, card: AgentCard) -> None:
+        """Say once what a device decided about its personal models."""
+        before = self.roster.entry(agent).card
+        if card.verdicts and before is None:  # this coordinator has just started
+            before = (await asyncio.to_thread(self.store.cards)).get(agent)
+        known = before.verdicts if before is not None else ()
+        for verdict in card.verdicts:
+            if verdict not in known:
+                text = f"{agent}: {verdict}"
+                # Runs and rounds of another coordinator's are none of this store.
+                facts = {"model_run": verdict.run, "model_round": verdict.round, "sha256": verdict.sha256}
+                self.live.emit(f"model_{verdict.kind}", text, agent=agent, reason=verdict.reason, **facts)
 
     async def _on_presence(self, agent: str, body: bytes) -> None:
         presence = Presence.model_validate_json(body)

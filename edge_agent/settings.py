@@ -26,6 +26,18 @@ class ServeSettings(Frozen):
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
     """0 lets the system choose; the card says which."""
+    canary: int = Field(64, ge=0, le=64)
+    """Validation samples kept to compare a new model with the one that serves; 0 compares nothing."""
+    canary_drop: float | None = Field(None, ge=0, le=100)
+    """Points of accuracy that a new model may lose on them; not set, what chance explains."""
+    rollback: bool = True
+    """Whether a new model that leaves its band is taken back."""
+    rollback_errors: float = Field(0.01, ge=0, le=1)
+    """Share of its requests that a new model may fail and the one before answers."""
+    rollback_p95: float = Field(2.0, ge=1)
+    """p95 that a new model may take, as a multiple of that of the one before."""
+    p95_ms: float | None = Field(None, gt=0)
+    """Training stands still while the p95 of answers is above; not set, it does not look."""
 
 
 class EnergySettings(Frozen):

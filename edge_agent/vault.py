@@ -9,6 +9,7 @@
       outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet
       joules.json                         joules of work by day, where a limit counts them
       artifacts/                          personal models (see export/package.py)
+      canary.npz                          a few validation samples, to compare models on
 
 Every file is written beside its place, synced and renamed, so a power cut leaves the old or the new one.
 A round is done the moment its update is in the outbox: before that, a restart repeats the round from the
@@ -216,6 +217,16 @@ class Vault:
 
     def _outgoing(self, run: str, number: int) -> Path:
         return self.folder / "outbox" / f"{run}~{number:06d}.frame"
+
+    # --- the canary set ------------------------------------------------------------------------
+
+    def save_canary(self, content: bytes | None) -> None:
+        """Keep the samples that models are compared on; `None` for a device that has none."""
+        path = self.folder / "canary.npz"
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != content:
+            write_atomic(path, content)
 
     # --- files ---------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import uvicorn
 
 from edge_agent.serving.http import create_app
-from edge_agent.serving.predictor import Predictor
+from edge_agent.serving.predictor import Predictor, Rules
+from edge_agent.serving.pressure import Pressure
+from edge_agent.serving.trial import Band
 from foundation.errors import ExportError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     try:
-        predictor = Predictor(options.folder)
+        predictor = Predictor(options.folder, _rules(options))
     except ExportError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
@@ -53,8 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     # uvicorn drains and then raises the signal again, which would end in failure; this ends in success.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(DONE))
+    pressure = None if options.report is None else Pressure()
+    if pressure is not None:
+        pressure.report(options.report)
     config = uvicorn.Config(
-        create_app(predictor, options.name, watch_s=options.watch or None),
+        create_app(predictor, options.name, watch_s=options.watch or None, pressure=pressure),
         access_log=False,
         log_level="warning",
         limit_concurrency=64,
@@ -64,6 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     with listening:
         _AnnouncingServer(config).run(sockets=[listening])
     return DONE
+
+
+def _rules(options: argparse.Namespace) -> Rules:
+    band = None if options.no_rollback else Band(options.rollback_errors, options.rollback_p95)
+    return Rules(options.agent, options.canary_drop, band)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -87,8 +97,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8090, help="0 picks a free one")
     parser.add_argument("--name", default="model", help="the model's name in the protocol")
     parser.add_argument(
-        "--watch", type=float, default=1.0, help="seconds between two looks for a newer artifact; 0 never"
+        "--watch",
+        type=float,
+        default=1.0,
+        help="seconds between two looks for a newer artifact and at a new one's trial; 0 never",
     )
+    parser.add_argument(
+        "--agent", help="refuse models made for another agent; without it, the vault's own name counts"
+    )
+    parser.add_argument(
+        "--canary-drop",
+        type=float,
+        metavar="POINTS",
+        help="accuracy that a newer model may lose on the canary set; without it, what chance explains",
+    )
+    parser.add_argument(
+        "--rollback-errors",
+        type=float,
+        default=Band().errors,
+        metavar="SHARE",
+        help="of its requests that a new model may fail and the one before answers; more rolls it back",
+    )
+    parser.add_argument(
+        "--rollback-p95",
+        type=float,
+        default=Band().p95,
+        metavar="TIMES",
+        help="the p95 of the model before that a new one may take; more rolls it back",
+    )
+    parser.add_argument("--no-rollback", action="store_true", help="a model that was taken stays")
+    parser.add_argument("--report", type=int, metavar="FD", help=argparse.SUPPRESS)
     return parser
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from socket import create_server
 from time import monotonic, sleep
 
+from edge_agent.serving.pressure import Gauge, Load
 from foundation.errors import HedgerowError
 from foundation.process import bound_to_parent
 
@@ -22,9 +25,12 @@ START_S = 20.0
 class ServingChild:
     """The serving process of one agent; started once, it follows `artifacts/current` by itself."""
 
-    def __init__(self, host: str, port: int, artifacts: Path) -> None:
+    def __init__(self, host: str, port: int, artifacts: Path, options: Sequence[str] = ()) -> None:
+        """Serve `artifacts`; `options` are more words of `python -m edge_agent.serving`."""
         self._host, self._port, self._artifacts = host, port, artifacts
+        self._options = list(options)
         self._process: subprocess.Popen[bytes] | None = None
+        self._gauge: Gauge | None = None
 
     @property
     def address(self) -> str | None:
@@ -32,6 +38,15 @@ class ServingChild:
         if self._process is None or self._process.poll() is not None:
             return None
         return f"http://{self._host}:{self._port}"
+
+    @property
+    def died(self) -> bool:
+        """Whether it was started and has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def load(self) -> Load | None:
+        """Return how long answers take at present, while it runs."""
+        return self._gauge.load() if self._gauge is not None else None
 
     def start(self) -> str:
         """Start it if it does not run; returns its address, raises `HedgerowError` if it does not answer."""
@@ -42,9 +57,17 @@ class ServingChild:
                 self._port = probe.getsockname()[1]
         log = self._artifacts.parent / "serving.log"
         command = [sys.executable, "-m", "edge_agent.serving", str(self._artifacts)]
-        command += ["--host", self._host, "--port", str(self._port)]
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(bound_to_parent(command), stdout=file, stderr=file)
+        command += ["--host", self._host, "--port", str(self._port), *self._options]
+        reading, writing = os.pipe()
+        command += ["--report", str(writing)]
+        self._gauge = Gauge(reading)
+        try:
+            with log.open("ab") as file:
+                self._process = subprocess.Popen(
+                    bound_to_parent(command), stdout=file, stderr=file, pass_fds=(writing,)
+                )
+        finally:
+            os.close(writing)
         deadline = monotonic() + START_S
         while monotonic() < deadline and self._process.poll() is None:
             if self._ready():
@@ -73,3 +96,5 @@ class ServingChild:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._gauge is not None:
+            self._gauge.join(1)

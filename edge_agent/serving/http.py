@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_agent.serving import card, protocol
 from edge_agent.serving.metrics import Metrics
-from edge_agent.serving.predictor import Prediction, Predictor
+from edge_agent.serving.predictor import Handle, Prediction, Predictor
+from edge_agent.serving.pressure import Pressure
 from foundation.errors import DataError, FrameTooLarge, WireError
 from foundation.parameters import Array
 
@@ -37,12 +38,19 @@ MOST_PROBABLE = 20
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def create_app(predictor: Predictor, name: str = "model", *, watch_s: float | None = 1.0) -> FastAPI:
+def create_app(
+    predictor: Predictor,
+    name: str = "model",
+    *,
+    watch_s: float | None = 1.0,
+    pressure: Pressure | None = None,
+) -> FastAPI:
     """Return the application that serves a predictor under a model name.
 
-    `watch_s` is how often it looks whether the folder's `current` artifact has moved; `None` never does.
+    `watch_s` is how often it looks whether the folder's `current` artifact has moved, and how a model on
+    trial does; `None` never does. `pressure` is told how long every answer took.
     """
-    server = _Server(predictor, name)
+    server = _Server(predictor, name, pressure)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -106,8 +114,9 @@ class _Counted:
 class _Server:
     """The handlers, and what they share."""
 
-    def __init__(self, predictor: Predictor, name: str) -> None:
+    def __init__(self, predictor: Predictor, name: str, pressure: Pressure | None) -> None:
         self._predictor = predictor
+        self._pressure = pressure
         self._name = name
         self.metrics = Metrics()
         self._thread = asyncio.Semaphore(1)
@@ -123,6 +132,7 @@ class _Server:
                 logger.exception("looking for a newer artifact failed")
                 continue
             self.metrics.swaps += found.changed
+            self.metrics.rollbacks += found.rolled_back is not None
             self.metrics.refused_artifacts += found.refusal is not None and found.refusal != last
             last = found.refusal
 
@@ -138,8 +148,8 @@ class _Server:
 
     async def predict(self, request: Request) -> Response:
         """Answer `{"inputs": [...]}` with labels and probabilities."""
-        x = protocol.samples(await _body(request), self._predictor.manifest)
-        prediction = await self._predicted(x)
+        body, handle = await _body(request), self._predictor.handle
+        prediction = await self._predicted(protocol.samples(body, handle.manifest), handle)
         manifest = prediction.manifest
         return JSONResponse(
             {
@@ -180,29 +190,34 @@ class _Server:
         """Answer a V2 inference request, as JSON or with tensors appended as bytes."""
         self._known(model, version)
         body, header = await _body(request), request.headers.get(_HEADER_LENGTH)
-        asked = protocol.decode(body, header, self._predictor.manifest)
-        prediction = await self._predicted(asked.x)
+        handle = self._known(model, version)  # again: another may serve by now
+        asked = protocol.decode(body, header, handle.manifest)
+        prediction = await self._predicted(asked.x, handle)
         answer, length = protocol.encode(self._name, prediction, asked)
         if length is None:
             return Response(answer, media_type="application/json")
         return Response(answer, media_type="application/octet-stream", headers={_HEADER_LENGTH: str(length)})
 
-    def _known(self, model: str, version: str | None) -> None:
+    def _known(self, model: str, version: str | None) -> Handle:
         if model != self._name:
             raise HTTPException(404, f"there is no model {model[:64]!r}; the model here is {self._name!r}")
-        serving = self._predictor.handle.version
-        if version not in (None, serving):
-            raise HTTPException(404, f"{model!r} is at version {serving!r}, not {str(version)[:64]!r}")
+        handle = self._predictor.handle
+        if version not in (None, handle.version):
+            raise HTTPException(404, f"{model!r} is at version {handle.version!r}, not {str(version)[:64]!r}")
+        return handle
 
-    async def _predicted(self, x: Array) -> Prediction:
+    async def _predicted(self, x: Array, handle: Handle) -> Prediction:
         start = time.perf_counter()
-        if self._predictor.handle.run_ms * max(1, len(x)) < INLINE_MS:
-            prediction = self._predictor.predict(x)
+        if handle.run_ms * max(1, len(x)) < INLINE_MS:
+            prediction = self._predictor.predict(x, handle)
         else:
             # One at a time: the model has one thread, and others on the device train.
             async with self._thread:
-                prediction = await asyncio.to_thread(self._predictor.predict, x)
-        self.metrics.inferred(len(x), time.perf_counter() - start)
+                prediction = await asyncio.to_thread(self._predictor.predict, x, handle)
+        seconds = time.perf_counter() - start
+        self.metrics.inferred(len(x), seconds)
+        if self._pressure is not None:
+            self._pressure.answered(seconds)
         return prediction
 
 

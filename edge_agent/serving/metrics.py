@@ -19,6 +19,7 @@ class Metrics:
         self.inferences = 0
         self.inference_s = 0.0
         self.swaps = 0
+        self.rollbacks = 0
         self.refused_artifacts = 0
 
     def inferred(self, samples: int, seconds: float) -> None:
@@ -35,6 +36,7 @@ class Metrics:
             f"hedgerow_samples_total {self.samples}",
             f"hedgerow_inference_seconds_total {self.inference_s:.6f}",
             f"hedgerow_swaps_total {self.swaps}",
+            f"hedgerow_rollbacks_total {self.rollbacks}",
             f"hedgerow_refused_artifacts_total {self.refused_artifacts}",
             f'hedgerow_model_info{{sha256="{handle.manifest.sha256}",round="{handle.version}"}} 1',
             f"hedgerow_model_parity {handle.parity.difference:.3g}",
