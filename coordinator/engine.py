@@ -658,10 +658,14 @@ class Engine:
         known = before.verdicts if before is not None else ()
         for verdict in card.verdicts:
             if verdict not in known:
-                text = f"{agent}: {verdict}"
-                # Runs and rounds of another coordinator's are none of this store.
-                facts = {"model_run": verdict.run, "model_round": verdict.round, "sha256": verdict.sha256}
-                self.live.emit(f"model_{verdict.kind}", text, agent=agent, reason=verdict.reason, **facts)
+                self.live.emit(
+                    f"model_{verdict.kind}",
+                    f"{agent}: {verdict}",
+                    agent=agent,
+                    # Of another coordinator's run, perhaps: not of this event.
+                    of={"run": verdict.run, "round": verdict.round, "sha256": verdict.sha256},
+                    reason=verdict.reason,
+                )
 
     async def _on_presence(self, agent: str, body: bytes) -> None:
         presence = Presence.model_validate_json(body)

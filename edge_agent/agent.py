@@ -31,7 +31,7 @@ from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
 from edge_agent.serving.child import ServingChild
-from edge_agent.settings import AgentSettings, LimitSettings, ServeSettings
+from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
 from edge_agent.yielding import Yielding
@@ -222,7 +222,9 @@ class Agent:
         self._serving_problem: str | None = None
         self._starting = asyncio.Lock()
         serve = settings.serve
-        self._serving = ServingChild(serve.host, serve.port, self.vault.artifacts, _options(serve, self.name))
+        self._serving = ServingChild(
+            serve.host, serve.port, self.vault.artifacts, [*serve.options(), f"--agent={self.name}"]
+        )
         self._yielding = Yielding(serve.p95_ms, self._serving.load, meter)
         self._courier = Courier(
             transport,
@@ -254,6 +256,7 @@ class Agent:
         commands = await self.transport.subscribe(self._topic("command"))
         coordinators = await self.transport.subscribe(self.topics.coordinator_presence)
         await self._look_at_data()
+        self._verdicts = record.read(self.vault.artifacts).verdicts  # before the card: nothing is told twice
         self._resume()
         await self._introduce()
         async with asyncio.TaskGroup() as tasks:
@@ -703,15 +706,6 @@ class Agent:
             # Retained letters are sent again on reconnect; telemetry is out of date by then; a refusal
             # that is lost is made again when the coordinator offers the work again.
             logger.warning("not published", extra={"what": what, "reason": str(error)})
-
-
-def _options(serve: ServeSettings, agent: str) -> list[str]:
-    """Return the server's words for these settings."""
-    words = ["--agent", agent, "--rollback-errors", str(serve.rollback_errors)]
-    words += ["--rollback-p95", str(serve.rollback_p95)]
-    if serve.canary_drop is not None:
-        words += ["--canary-drop", str(serve.canary_drop)]
-    return words if serve.rollback else [*words, "--no-rollback"]
 
 
 def so_far(personal: Personal | None, training: EnergyReading | None) -> EnergyReading:

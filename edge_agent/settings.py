@@ -39,6 +39,12 @@ class ServeSettings(Frozen):
     p95_ms: float | None = Field(None, gt=0)
     """Training stands still while the p95 of answers is above; not set, it does not look."""
 
+    def options(self) -> list[str]:
+        """Return what `hedgerow serve` is told besides host and port."""
+        told = [f"--rollback-errors={self.rollback_errors}", f"--rollback-p95={self.rollback_p95}"]
+        told += [] if self.canary_drop is None else [f"--canary-drop={self.canary_drop}"]
+        return told if self.rollback else [*told, "--no-rollback"]
+
 
 class EnergySettings(Frozen):
     """How joules are counted."""

@@ -118,4 +118,5 @@ def worse(new: Array, old: Array, drop: float | None) -> str | None:
 
 def tail(pairs: int, lost: int) -> float:
     """Return how likely it is that a fair coin shows at least `lost` heads in `pairs` throws."""
-    return sum(math.comb(pairs, k) for k in range(lost, pairs + 1)) / 2**pairs
+    heads = sum(math.comb(pairs, k) for k in range(lost, pairs + 1))
+    return heads / float(1 << pairs)

@@ -251,10 +251,10 @@ class Predictor:
                 lambda: side_by_side(candidate, before.handle),
             )
             # First the folder, then the memory: a kill in between starts with the model before.
-            self._link({SERVING: candidate.folder.name} | self._good(before.handle))
+            self._link({SERVING: candidate.folder.name, **self._good(before.handle)})
             self._serving = _Serving(candidate, window, before.handle, trial)
         else:
-            self._link({SERVING: candidate.folder.name} | self._good(candidate))
+            self._link({SERVING: candidate.folder.name, **self._good(candidate)})
             self._serving = _Serving(candidate, window)
         logger.info(
             "artifact taken round=%s folder=%s on_trial=%s",
@@ -339,7 +339,7 @@ class Predictor:
                 reasons.append(error)
                 self._refuse(folder, _stamp(folder), error)
                 continue
-            self._link({SERVING: folder.name} | self._good(handle))
+            self._link({SERVING: folder.name, **self._good(handle)})
             return handle
         raise reasons[0]
 

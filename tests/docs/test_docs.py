@@ -58,6 +58,7 @@ LONGEST = {
     "ledger": 110,
     "architecture": 290,
     "energy": 200,
+    "swap": 110,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

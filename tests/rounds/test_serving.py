@@ -60,7 +60,7 @@ async def test_a_refused_and_a_rolled_back_model_are_events_of_the_coordinator(t
             (text,) = told(whole, "model_refused")
             assert "d0: the model of round 2 was refused: the artifact was made for 'd1'" in text
 
-            before = linked(root, "good")
+            before = linked(root, "serving")
             newer = family(tmp_path / "family").variant(7)
             newer.publish(root)
             async with asyncio.timeout(30):
