@@ -42,62 +42,73 @@ def main() -> int:
     return 0 if good else 1
 
 
-def measured(folder: Path, swaps: int, rate: float) -> dict[str, float]:
+class Clients:
+    """Ask for one sample again and again, and check every answer against its version's."""
+
+    def __init__(self, url: str, x: np.ndarray, expected: dict[str, np.ndarray], rate: float) -> None:
+        self.counts = {"answers": 0, "failed": 0, "mixed": 0}
+        self._url, self._x, self._expected, self._rate = url, x, expected, rate
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        due = time.monotonic()
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._stop.is_set():
+                what = self._one(client)
+                with self._lock:
+                    self.counts[what] += 1
+                due += CLIENTS / self._rate
+                self._stop.wait(max(0.0, due - time.monotonic()))
+
+    def _one(self, client: httpx.Client) -> str:
+        headers = {"Inference-Header-Content-Length": "0"}
+        try:
+            answer = client.post("/v2/models/model/infer", content=self._x.tobytes(), headers=headers)
+        except httpx.HTTPError as error:
+            print(repr(error), file=sys.stderr)
+            return "failed"
+        if answer.status_code != 200:
+            return "failed"
+        told = answer.json()
+        off = np.abs(told["outputs"][0]["data"] - self._expected[told["model_version"]]).max()
+        return "answers" if off < 1e-4 else "mixed"
+
+
+def measured(folder: Path, swaps: int, rate: float) -> dict[str, float | list[float]]:
     models, root, x = family(folder / "base"), folder / "vault" / "artifacts", samples(1)
     versions = {round: models.variant(round) for round in range(1, swaps + 2)}
     expected = {str(round): models.expected(x, round)[0] for round in versions}
-    counts, stop = {"answers": 0, "failed": 0, "mixed": 0}, threading.Event()
-    lock = threading.Lock()
-
-    def ask(url: str) -> None:
-        headers, due = {"Inference-Header-Content-Length": "0"}, time.monotonic()
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not stop.is_set():
-                what = "failed"
-                try:
-                    answer = client.post("/v2/models/model/infer", content=x.tobytes(), headers=headers)
-                    if answer.status_code == 200:
-                        told = answer.json()
-                        off = np.abs(told["outputs"][0]["data"] - expected[told["model_version"]]).max()
-                        what = "answers" if off < 1e-4 else "mixed"
-                except httpx.HTTPError as error:
-                    print(repr(error), file=sys.stderr)
-                with lock:
-                    counts[what] += 1
-                due += CLIENTS / rate
-                stop.wait(max(0.0, due - time.monotonic()))
-
     versions[1].publish(root)
     rss = []
     with serving(root, "--watch", "0.02") as server:
         process = psutil.Process(server.process.pid)
-        threads = [threading.Thread(target=ask, args=(server.url,)) for _ in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        begun = time.monotonic()
+        clients, begun = Clients(server.url, x, expected, rate), time.monotonic()
         for round in range(2, swaps + 2):
             versions[round].publish(root)
             while server.version() != str(round):
                 time.sleep(0.02)
-            rss.append(process.memory_info().rss)
-            print(f"\r{round - 1} of {swaps} swaps", end="", file=sys.stderr)
-        print(file=sys.stderr)
+            rss.append(process.memory_info().rss / 1e6)
         seconds = time.monotonic() - begun
-        stop.set()
-        for thread in threads:
-            thread.join()
+        clients.end()
     first = rss[min(SETTLED, len(rss) - 1)]
     return {
-        **counts,
+        **clients.counts,
         "swaps": swaps,
-        "answers_per_s": round_to(counts["answers"] / seconds),
-        "rss_mb_settled": round_to(first / 1e6),
-        "rss_mb_end": round_to(rss[-1] / 1e6),
-        "growth": round_to(rss[-1] / first - 1, 3),
+        "answers_per_s": rounded(clients.counts["answers"] / seconds),
+        "rss_mb": [rounded(one) for one in rss[:: max(1, swaps // 10)]],
+        "growth": rounded(rss[-1] / first - 1, 3),
     }
 
 
-def round_to(value: float, digits: int = 1) -> float:
+def rounded(value: float, digits: int = 1) -> float:
     return round(value, digits)
 
 

@@ -297,6 +297,11 @@ class Agent:
             if presence.state == "online":
                 await self._introduce()
 
+    @property
+    def paused_s(self) -> float:
+        """Seconds in which training gave way to answering, since the program started."""
+        return self._yielding.paused_s
+
     def card(self) -> AgentCard:
         """Return who this agent is at present."""
         data = self._data

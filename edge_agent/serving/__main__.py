@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from edge_agent.memory import hold_little
 from edge_agent.serving.http import create_app
 from edge_agent.serving.predictor import Predictor, Rules
 from edge_agent.serving.pressure import Pressure
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    hold_little()  # models are loaded in threads, each of which would have a pool of its own
     try:
         predictor = Predictor(options.folder, _rules(options))
     except ExportError as error:

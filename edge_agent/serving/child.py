@@ -31,11 +31,12 @@ class ServingChild:
         self._options = list(options)
         self._process: subprocess.Popen[bytes] | None = None
         self._gauge: Gauge | None = None
+        self._answers = False
 
     @property
     def address(self) -> str | None:
-        """Where it answers, while it runs."""
-        if self._process is None or self._process.poll() is not None:
+        """Where it answers, once it does and while it runs."""
+        if not self._answers or self._process is None or self._process.poll() is not None:
             return None
         return f"http://{self._host}:{self._port}"
 
@@ -52,6 +53,7 @@ class ServingChild:
         """Start it if it does not run; returns its address, raises `HedgerowError` if it does not answer."""
         if self.address:
             return self.address
+        self._answers = False
         if self._port == 0:
             with create_server((self._host, 0)) as probe:
                 self._port = probe.getsockname()[1]
@@ -71,6 +73,7 @@ class ServingChild:
         deadline = monotonic() + START_S
         while monotonic() < deadline and self._process.poll() is None:
             if self._ready():
+                self._answers = True
                 logger.info("serving", extra={"address": self.address})
                 return f"http://{self._host}:{self._port}"
             sleep(0.05)

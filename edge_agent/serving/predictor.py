@@ -111,6 +111,7 @@ class Predictor:
         """One artifact's own folder: there is nothing to choose, and nothing is written down."""
         self._reloading = threading.Lock()
         self._refused: tuple[Path, int, str] | None = None
+        self._stuck: Handle | None = None
         self._unwritten: str | None = None
         self._serving = _Serving(self._first(), Window())
         self.reload()
@@ -241,24 +242,18 @@ class Predictor:
     # --- swapping, settling, going back --------------------------------------------------------
 
     def _take(self, candidate: Handle, *, on_trial: bool) -> None:
-        before, window = self._serving, Window()
-        on_trial = on_trial and self._band is not None
-        if self._band is not None and on_trial:
-            trial = Trial(
-                window,
-                before.window.p95_ms(),
-                self._band,
-                lambda: side_by_side(candidate, before.handle),
-            )
-            # First the folder, then the memory: a kill in between starts with the model before.
-            self._link({SERVING: candidate.folder.name, **self._good(before.handle)})
-            self._serving = _Serving(candidate, window, before.handle, trial)
-        else:
-            self._link({SERVING: candidate.folder.name, **self._good(candidate)})
-            self._serving = _Serving(candidate, window)
+        old, window, trial = self.handle, Window(), None
+        if on_trial and self._band is not None:
+            # The old model and nothing else of what served: that would hold the one before it, and so on.
+            before_ms = self._serving.window.p95_ms()
+            trial = Trial(window, before_ms, self._band, lambda: side_by_side(candidate, old))
+        # First the folder, then the memory: a kill in between starts with the model before.
+        good = self._good(candidate if trial is None else old)
+        self._link({SERVING: candidate.folder.name, **good})
+        self._serving = _Serving(candidate, window, None if trial is None else old, trial)
         logger.info(
             "artifact taken round=%s folder=%s on_trial=%s",
-            *(candidate.version, candidate.folder.name[:12], on_trial),
+            *(candidate.version, candidate.folder.name[:12], trial is not None),
         )
 
     def _settle(self) -> None:
@@ -298,7 +293,7 @@ class Predictor:
         if self._alone or linked(self._folder, PINNED) is not None:
             return None
         said = record.read(self._folder)
-        if serving.handle.folder.name not in said.barred:
+        if serving.handle.folder.name not in said.barred or serving.handle is self._stuck:
             return None
         reason = next(
             (v.reason for v in reversed(said.verdicts) if v.sha256 == serving.handle.folder.name), "barred"
@@ -313,7 +308,9 @@ class Predictor:
                 continue
             self._take(handle, on_trial=False)
             return Reload(changed=True, rolled_back=reason)
-        return None  # there is nothing else that answers: better this one than none
+        self._stuck = serving.handle  # there is nothing else that answers: better this one than none
+        logger.warning("the model that serves was barred, and there is no earlier one that proves itself")
+        return None
 
     def _earlier(self) -> Iterator[Path]:
         for link in (GOOD, FALLBACK, PREVIOUS, CURRENT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -480,6 +481,22 @@ def test_going_back_by_hand_before_and_after_the_trial(root: Path, models: Famil
     assert [v.round for v in record.read(root).verdicts] == [2, 3]
 
 
+def test_with_nothing_whole_to_go_back_to_a_barred_model_serves_on(root: Path, models: Family) -> None:
+    first = models.variant(1).publish(root)
+    predictor = Predictor(root)
+    models.variant(2).publish(root)
+    predictor.reload()
+    assert hedgerow("rollback", str(root))[0] == 0
+    corrupt(first)
+    for _ in range(2):
+        assert not predictor.reload().changed
+    answers(predictor, models, 2)
+    answers(Predictor(root), models, 2)
+    models.variant(3).publish(root)
+    assert predictor.reload().changed
+    answers(predictor, models, 3)
+
+
 def test_show_says_which_is_which_and_why(
     root: Path, models: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,6 +577,17 @@ def test_a_request_is_answered_by_the_model_it_was_read_for(root: Path, models: 
     predictor.reload()
     assert predictor.predict(X, held).manifest.round == 1
     answers(predictor, models, 2)
+
+
+def test_models_that_are_gone_are_gone_from_memory(root: Path, models: Family) -> None:
+    models.variant(1).publish(root)
+    predictor = Predictor(root)
+    for round in range(2, 6):
+        models.variant(round).publish(root)
+        assert predictor.reload().changed
+    gc.collect()
+    held = [one for one in gc.get_objects() if isinstance(one, Handle) and one.folder.parent == root]
+    assert sorted(one.version for one in held) == ["4", "5"], "the one that serves and the one before"
 
 
 def test_admission_says_what_failed(root: Path, models: Family) -> None:

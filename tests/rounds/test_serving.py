@@ -80,3 +80,33 @@ async def test_a_refused_and_a_rolled_back_model_are_events_of_the_coordinator(t
         await until(lambda: whole.agents["d0"].card().serving is not None)
         await until(lambda: len(whole.agents["d0"].card().verdicts) == 2)
         assert len(told(whole, "model_refused")) == len(told(whole, "model_rolled_back")) == 1, "told once"
+
+
+@pytest.mark.slow
+async def test_training_gives_way_to_answers_and_comes_to_the_same_end(tmp_path: Path) -> None:
+    run = run_settings(rounds=6, export_every=1, settings={"epochs": 30, "learning_rate": 5e-3})
+    async with fleet(tmp_path / "straight", memory(MemoryBroker()), run) as whole:
+        assert await whole.finished() == "finished"
+        straight = whole.state().to_bytes()
+    serve = {"d0": ServeSettings(enabled=True, p95_ms=1e-6)}  # no answer is as fast
+    async with fleet(tmp_path / "busy", memory(MemoryBroker()), run, serve=serve) as whole:
+        await until(lambda: "d0" in whole.agents and whole.agents["d0"].card().serving is not None)
+        agent = whole.agents["d0"]
+        shape = agent.card().shape
+        sample = [[0.0] * shape[-1]] * shape[-2]
+        async with httpx.AsyncClient(base_url=str(agent.card().serving)) as client:
+            for _ in range(40):
+                answer = await client.post("/predict", json={"inputs": [sample]})
+                assert answer.status_code == 200
+        assert await whole.finished(120) == "finished"
+        assert agent.paused_s > 0
+        assert whole.state().to_bytes() == straight, "to the bit"
+        assert whole.store is not None
+        ledgers = [
+            update.summary["ledger"]
+            for number in range(1, run.rounds + 1)
+            for update in whole.store.updates("r", number)
+            if update.agent == "d0"
+        ]
+    waited = sum(ledger["wait"]["seconds"] for ledger in ledgers if "wait" in ledger)
+    assert waited >= agent.paused_s, "a pause is waiting, not training"
