@@ -645,9 +645,27 @@ class Engine:
             self._malformed(agent, f"it introduces itself as {card.agent!r}")
             return
         self.roster.heard(agent)
+        await self._tell_verdicts(agent, card)
         self.roster.entry(agent).card = card
         self.live.card(card)
         await asyncio.to_thread(self.store.upsert_agent, card, datetime.now(UTC))
+
+    async def _tell_verdicts(self, agent: str, card: AgentCard) -> None:
+        """Say once what a device decided about its personal models."""
+        before = self.roster.entry(agent).card
+        if card.verdicts and before is None:  # this coordinator has just started
+            before = (await asyncio.to_thread(self.store.cards)).get(agent)
+        known = before.verdicts if before is not None else ()
+        for verdict in card.verdicts:
+            if verdict not in known:
+                self.live.emit(
+                    f"model_{verdict.kind}",
+                    f"{agent}: {verdict}",
+                    agent=agent,
+                    # Of another coordinator's run, perhaps: not of this event.
+                    of={"run": verdict.run, "round": verdict.round, "sha256": verdict.sha256},
+                    reason=verdict.reason,
+                )
 
     async def _on_presence(self, agent: str, body: bytes) -> None:
         presence = Presence.model_validate_json(body)

@@ -31,10 +31,13 @@ from edge_agent.last_model import save as save_last
 from edge_agent.limits import Limits
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
+from edge_agent.serving import canary, record
 from edge_agent.serving.child import ServingChild
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
+from edge_agent.yielding import Yielding
+from export.folder import CURRENT, linked
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
 from foundation.energy import EnergyReading, Kind, Stage, total
@@ -55,6 +58,7 @@ from foundation.messages import (
     Telemetry,
     Unavailable,
     Update,
+    Verdict,
 )
 from foundation.parameters import Parameters, layout_size
 from foundation.spec import ModelSettings, ModelSpec, initial_parameters
@@ -73,6 +77,8 @@ IDLE_TELEMETRY_S = 5.0
 RETRY_S = 30.0
 LIMITS_S = 5.0
 """How often limits are looked at."""
+SERVING_S = 1.0
+"""How often it is looked at what the server decided."""
 OFFLINE = Presence(state="offline")
 
 
@@ -98,6 +104,7 @@ class _Hooks:
     vault: Vault
     standing: Standing
     called_off: threading.Event
+    yielding: Yielding
 
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
         """Open a stage of the meter."""
@@ -114,6 +121,10 @@ class _Hooks:
     def cancelled(self) -> bool:
         """Whether the work was called off."""
         return self.called_off.is_set()
+
+    def pause(self) -> float:
+        """Stand still while answers take too long."""
+        return self.yielding.pause(self.called_off)
 
     def save(self, checkpoint: trainer_module.Checkpoint) -> None:
         """Keep a checkpoint."""
@@ -212,8 +223,14 @@ class Agent:
         self._current: _Job | None = None
         self._outbox = asyncio.Event()
         self._delivered_bytes = 0
+        self._verdicts: tuple[Verdict, ...] = ()
+        self._serving_problem: str | None = None
+        self._starting = asyncio.Lock()
         serve = settings.serve
-        self._serving = ServingChild(serve.host, serve.port, self.vault.artifacts, serve.options())
+        self._serving = ServingChild(
+            serve.host, serve.port, self.vault.artifacts, [*serve.options(), f"--agent={self.name}"]
+        )
+        self._yielding = Yielding(serve.p95_ms, self._serving.load, meter)
         self._courier = Courier(
             transport,
             frames=self._topic("assignment"),
@@ -244,10 +261,18 @@ class Agent:
         commands = await self.transport.subscribe(self._topic("command"))
         coordinators = await self.transport.subscribe(self.topics.coordinator_presence)
         await self._look_at_data()
+        self._verdicts = record.read(self.vault.artifacts).verdicts  # before the card: nothing is told twice
         self._resume()
         await self._introduce()
         async with asyncio.TaskGroup() as tasks:
-            for life in (self._work_on, self._deliver, self._report, self._watch_data, self._watch_limits):
+            for life in (
+                self._work_on,
+                self._deliver,
+                self._report,
+                self._watch_data,
+                self._watch_limits,
+                self._watch_serving,
+            ):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
             if self._recorder is not None:
@@ -277,6 +302,11 @@ class Agent:
             if presence.state == "online":
                 await self._introduce()
 
+    @property
+    def paused_s(self) -> float:
+        """Seconds in which training gave way to answering, since the program started."""
+        return self._yielding.paused_s
+
     def card(self) -> AgentCard:
         """Return who this agent is at present."""
         data = self._data
@@ -295,8 +325,10 @@ class Agent:
             serving=self._serving.address,
             problem=self._problem
             or (self._recorder.problem if self._recorder else None)
+            or self._serving_problem
             or self.limits.problem(),
             unavailable=self.limits.look(),
+            verdicts=self._verdicts,
         )
 
     def _own_spec(self, data: LocalData) -> ModelSpec:
@@ -334,6 +366,24 @@ class Agent:
                 logger.info("limits", extra={"unavailable": str(now[0]) if now[0] else "no"})
                 await self._publish("card", self.card().model_dump_json(), retain=True)
             await asyncio.sleep(min(LIMITS_S, self._retry_s))
+
+    async def _watch_serving(self) -> None:
+        """Serve what is there already, start the server again when it died, and tell what it decided."""
+        if not self.settings.serve.enabled:
+            return
+        if linked(self.vault.artifacts, CURRENT) is not None:
+            await self._serve()
+        again_s = 0.0
+        while True:
+            await asyncio.sleep(min(SERVING_S, self._retry_s))
+            if self._serving.died and time.monotonic() >= again_s:
+                again_s = time.monotonic() + self._retry_s
+                logger.error("the server ended by itself, it is started again")
+                await self._serve()
+            found = (await asyncio.to_thread(record.read, self.vault.artifacts)).verdicts
+            if found != self._verdicts:
+                self._verdicts = found
+                await self._publish("card", self.card().model_dump_json(), retain=True)
 
     # --- taking work ---------------------------------------------------------------------------
 
@@ -442,9 +492,11 @@ class Agent:
 
     async def _serve(self) -> None:
         try:
-            await asyncio.to_thread(self._serving.start)
+            async with self._starting:
+                await asyncio.to_thread(self._serving.start)
+            self._serving_problem = None
         except HedgerowError as error:
-            self._problem = f"serving: {error}"
+            self._serving_problem = f"serving: {error}"
             logger.error("serving did not start", extra={"reason": str(error)})
         await self._publish("card", self.card().model_dump_json(), retain=True)
 
@@ -494,7 +546,7 @@ class Agent:
             offered=a.masks,
         )
         carry_out = self._carry_out or trainer.carry_out
-        outcome = carry_out(task, _Hooks(self.meter, self.vault, self.standing, job.called_off))
+        outcome = carry_out(task, self._hooks(job))
         spent = so_far(personal, self.meter.peek().get(Stage.TRAIN))
         own = kept(outcome.parameters, outcome.extra, a.work)
         self.vault.save_personal(a.run, Personal(a.round, own, outcome.pruning_steps, spent))
@@ -523,6 +575,9 @@ class Agent:
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
         self.standing.accuracy = outcome.metrics["accuracy"]
         give_back()
+
+    def _hooks(self, job: _Job) -> _Hooks:
+        return _Hooks(self.meter, self.vault, self.standing, job.called_off, self._yielding)
 
     def _exported(
         self,
@@ -576,6 +631,9 @@ class Agent:
         self.standing.stage = Stage.EXPORT
         part, f = data.validation, model.facts
         with self.meter.stage(Stage.EXPORT):
+            # First the samples, then the model: whoever finds the model finds what to compare it on.
+            found = canary.choose(data, self.settings.serve.canary)
+            self.vault.save_canary(None if found is None else canary.to_bytes(found))
             return export_artifact(
                 *(f.spec, model.parameters, model.masks, f.normalisation, f.labels, model.probe),
                 self.vault.artifacts,

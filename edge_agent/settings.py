@@ -34,6 +34,18 @@ class ServeSettings(Frozen):
     """Lets the network ask without a key."""
     batch_window_ms: float = Field(0.0, ge=0)
     """How long a request waits for others to share a run with; 0 never."""
+    canary: int = Field(64, ge=0, le=64)
+    """Validation samples kept to compare a new model with the one that serves; 0 compares nothing."""
+    canary_drop: float | None = Field(None, ge=0, le=100)
+    """Points of accuracy that a new model may lose on them; not set, what chance explains."""
+    rollback: bool = True
+    """Whether a new model that leaves its band is taken back."""
+    rollback_errors: float = Field(0.01, ge=0, le=1)
+    """Share of its requests that a new model may fail and the one before answers."""
+    rollback_p95: float = Field(2.0, ge=1)
+    """p95 that a new model may take, as a multiple of that of the one before."""
+    p95_ms: float | None = Field(None, gt=0)
+    """Training stands still while the p95 of answers is above; not set, it does not look."""
 
     def options(self) -> list[str]:
         """Return what `hedgerow serve` is told besides host and port."""
@@ -42,7 +54,9 @@ class ServeSettings(Frozen):
             for name in ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
             if (value := getattr(self, name))
         ]
-        return told + ["--insecure"] * self.insecure
+        told += ["--insecure"] * self.insecure + ["--no-rollback"] * (not self.rollback)
+        told += [f"--rollback-errors={self.rollback_errors}", f"--rollback-p95={self.rollback_p95}"]
+        return told if self.canary_drop is None else [*told, f"--canary-drop={self.canary_drop}"]
 
 
 class ExportSettings(Frozen):

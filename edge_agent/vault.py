@@ -11,6 +11,7 @@
       signing.key                         signs this device's artifacts (export/sign.py)
       joules.json                         joules of work by day, where a limit counts them
       artifacts/                          personal models (see export/package.py)
+      canary.npz                          a few validation samples, to compare models on
 
 Every file is written beside its place, synced and renamed, so a power cut leaves the old or the new one.
 A round is done the moment its update is in the outbox: before that, a restart repeats the round from the
@@ -218,6 +219,16 @@ class Vault:
 
     def _outgoing(self, run: str, number: int) -> Path:
         return self.folder / "outbox" / f"{run}~{number:06d}.frame"
+
+    # --- the canary set ------------------------------------------------------------------------
+
+    def save_canary(self, content: bytes | None) -> None:
+        """Keep the samples that models are compared on; `None` for a device that has none."""
+        path = self.folder / "canary.npz"
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != content:
+            write_atomic(path, content)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:

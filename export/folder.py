@@ -1,8 +1,10 @@
 """Artifacts on disk: written so that a kill at any instant leaves a valid one, read without trust.
 
     artifacts/
-      current   -> <sha256>        what is served; a link, replaced atomically
-      previous  -> <sha256>        the last good one, to fall back to
+      current   -> <sha256>        the newest; a link, replaced atomically
+      previous  -> <sha256>        what was current before
+      serving   -> <sha256>        what answers, where a server follows the folder; also: good (the last
+                                   good one), fallback (the one before that), pinned (its owner's choice)
       <sha256>/                    named after the bytes of model.onnx
         model.onnx  manifest.json  probe.npz  signature.json (where there is a key: export/sign.py)
 
@@ -19,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +58,10 @@ LARGEST_FILE_BYTES: Mapping[str, int] = {
 
 _INCOMING = ".incoming-"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+SERVING, GOOD, FALLBACK, PINNED = "serving", "good", "fallback", "pinned"
+LINKS = (CURRENT, PREVIOUS, SERVING, GOOD, FALLBACK, PINNED)
+"""Names of links; what one of them names is not removed."""
 
 
 def probe_bytes(probe: Probe) -> bytes:
@@ -155,6 +161,40 @@ def _signatures(files: Mapping[str, bytes], key: Key, signer: str, target: Path)
     return signatures.model_dump_json(indent=1).encode()
 
 
+def linked(root: Path, link: str) -> str | None:
+    """Return the SHA-256 of the artifact that a link names, if there is such a link and such an artifact."""
+    name = _linked(root / link)
+    return name if name is not None and (root / name / MANIFEST).is_file() else None
+
+
+def update(
+    root: Path, name: str, change: Callable[[bytes], bytes], links: Mapping[str, str | None] | None = None
+) -> None:
+    """Replace a small file below `root` by what `change` makes of its bytes, then move links, in order.
+
+    A link to `None` is removed; one to an artifact that is gone stays what it was. Each step is whole or
+    not there at all; writers exclude each other. Raises `ExportError` when the disk refuses.
+    """
+    path = root / name
+    try:
+        with _only_writer(root):
+            before = path.read_bytes() if path.exists() else b""
+            after = change(before)
+            if after != before:
+                beside = root / f"{_INCOMING}{name}"
+                beside.unlink(missing_ok=True)
+                _write(beside, after)
+                beside.replace(path)
+            for link, target in (links or {}).items():
+                if target is None:
+                    (root / link).unlink(missing_ok=True)
+                elif (root / target / MANIFEST).is_file() and _linked(root / link) != target:
+                    _link(root, link, target)
+            _flush(root)
+    except OSError as error:
+        raise ExportError(f"{path} could not be written: {error}") from error
+
+
 def _check_hashes(folder: Path, manifest: Manifest, model: bytes, probe: bytes) -> None:
     digest = hashlib.sha256(model).hexdigest()
     if digest != manifest.sha256:
@@ -248,10 +288,10 @@ def _linked(link: Path) -> str | None:
 
 def _sweep(root: Path) -> None:
     """Remove artifacts that no link names, and what a killed writer left behind."""
-    kept = {_linked(root / CURRENT), _linked(root / PREVIOUS)}
+    kept = {_linked(root / link) for link in LINKS}
     for path in root.iterdir():
         if path.name.startswith(_INCOMING) or (_SHA256.fullmatch(path.name) and path.name not in kept):
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -36,6 +36,22 @@ class Unavailable(Frozen):
         return f"{self.reason}, until {self.until.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
+class Verdict(Frozen):
+    """Why one of an agent's personal models does not answer there, or no longer."""
+
+    kind: Literal["refused", "rolled_back"]
+    sha256: str = Field(max_length=64)
+    run: str | None = None
+    round: int | None = None
+    """`None` where the artifact could not be read."""
+    reason: str = Field(max_length=1000)
+    at: AwareDatetime
+
+    def __str__(self) -> str:
+        which = f"{self.sha256[:12]}…" if self.round is None else f"of round {self.round}"
+        return f"the model {which} was {self.kind.replace('_', ' ')}: {self.reason}"
+
+
 class AgentCard(Frozen):
     """Who an agent is and what it can do; retained on the broker."""
 
@@ -60,6 +76,8 @@ class AgentCard(Frozen):
     """Why this agent cannot work at present, in words for its owner."""
     unavailable: Unavailable | None = None
     """Why it does not want to, though it could: it is not asked, and not waited for."""
+    verdicts: tuple[Verdict, ...] = Field((), max_length=16)
+    """The newest on its personal models, oldest first."""
 
 
 class Presence(Frozen):

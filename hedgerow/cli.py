@@ -571,6 +571,80 @@ def export(
     raise typer.Exit(code)
 
 
+model_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(model_verbs, name="model")
+
+Artifacts = Annotated[Path, typer.Argument(metavar="DIR", help="A device's vault, or its artifacts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@model_verbs.callback()
+def _model() -> None:
+    """Choose which personal model of a device answers."""
+
+
+@model_verbs.command("show")
+def model_show(folder: Artifacts = Path("vault"), as_json: AsJson = False) -> None:
+    """Show a device's models, which one serves, and which were refused or rolled back, and why.
+
+    Example: hedgerow model show /var/lib/hedgerow/vault
+    """
+    from hedgerow.model_choice import show
+
+    raise typer.Exit(show(folder, as_json=as_json))
+
+
+@model_verbs.command("pin")
+def model_pin(
+    folder: Artifacts = Path("vault"),
+    wanted: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Its round, or the beginning of its SHA-256; else what serves."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let one model serve whatever comes, until `hedgerow model unpin`.
+
+    A pinned model has to prove itself, but is compared with nothing and never
+    rolled back. Newer ones still arrive and wait.
+
+    Examples:
+
+    hedgerow model pin /var/lib/hedgerow/vault
+
+    hedgerow model pin /var/lib/hedgerow/vault 12
+    """
+    from hedgerow.model_choice import pin
+
+    raise typer.Exit(pin(folder, wanted, as_json=as_json))
+
+
+@model_verbs.command("unpin")
+def model_unpin(folder: Artifacts = Path("vault"), as_json: AsJson = False) -> None:
+    """Let the newest model serve again, if it proves itself and is not worse.
+
+    Example: hedgerow model unpin /var/lib/hedgerow/vault
+    """
+    from hedgerow.model_choice import unpin
+
+    raise typer.Exit(unpin(folder, as_json=as_json))
+
+
+@model_verbs.command("rollback")
+def model_rollback(
+    folder: Artifacts = Path("vault"),
+    reason: Annotated[str, typer.Option(help="Told to the coordinator, too.")] = "rolled back by hand",
+    as_json: AsJson = False,
+) -> None:
+    """Go back to the model before the one that serves, which is not taken again.
+
+    Example: hedgerow model rollback /var/lib/hedgerow/vault --reason "wrong on the night shift"
+    """
+    from hedgerow.model_choice import rollback
+
+    raise typer.Exit(rollback(folder, reason, as_json=as_json))
+
+
 @app.command(context_settings=PASS_ON)
 def coordinator(context: typer.Context) -> None:
     """Run the coordinator of a federation: `hedgerow coordinator --config coordinator.toml`."""

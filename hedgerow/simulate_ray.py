@@ -85,6 +85,9 @@ class _Away:
     def cancelled(self) -> bool:
         return False  # Ray interrupts the whole task
 
+    def pause(self) -> float:
+        return 0.0  # nothing is served there
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep nothing: a task that is lost is done again from its beginning, and ends at the same bits."""
 

@@ -20,7 +20,7 @@ from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import AgentSettings, ServeSettings
 from foundation.messages import Presence
 from foundation.profile import DeviceProfile
 from foundation.spec import ModelSettings
@@ -67,6 +67,8 @@ class Fleet:
     """Agents whose joules are known; of the others nobody knows them."""
     limits: dict[str, Callable[[Meter, Path], Limits]] = field(default_factory=dict)
     """What makes the limits of an agent, of its meter and its vault."""
+    serve: dict[str, ServeSettings] = field(default_factory=dict)
+    """Agents that answer requests, and how."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -97,6 +99,7 @@ class Fleet:
             federation="test",
             vault=self.folder / name,
             data=DataSettings(kind="builtin", name="digits"),
+            serve=self.serve.get(name, ServeSettings()),
         )
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
         metered, limits = self.metered.get(name), self.limits.get(name)

@@ -78,6 +78,9 @@ class Quiet:
     def cancelled(self) -> bool:
         return self.stop_after is not None and len(self.progresses) >= self.stop_after
 
+    def pause(self) -> float:
+        return 0.0
+
     def save(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)
 

@@ -14,11 +14,14 @@ from types import FrameType
 
 import uvicorn
 
+from edge_agent.memory import hold_little
 from edge_agent.serving.bodies import LARGEST_BODY_BYTES
 from edge_agent.serving.guard import Guard, is_loopback, read_key
 from edge_agent.serving.http import Application, ServerSettings
-from edge_agent.serving.predictor import LARGEST_BATCH, Predictor
+from edge_agent.serving.predictor import LARGEST_BATCH, Predictor, Rules
+from edge_agent.serving.pressure import Pressure
 from edge_agent.serving.runner import MOST_IN_FLIGHT
+from edge_agent.serving.trial import Band
 from foundation.errors import ExportError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -67,17 +70,25 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    hold_little()  # models are loaded in threads, each of which would have a pool of its own
     start = time.perf_counter()
     try:
         guard = _guard(options)
-        predictor = Predictor(options.folder)
+        predictor = Predictor(options.folder, _rules(options))
     except SettingsError as error:
         sys.stderr.write(f"failed: {error}\n")
         return WRONG
     except ExportError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
-    application = Application(predictor, _settings(options), guard, load_s=time.perf_counter() - start)
+    pressure = None if options.report is None else Pressure()
+    application = Application(
+        predictor,
+        _settings(options),
+        guard,
+        load_s=time.perf_counter() - start,
+        answered=None if pressure is None else pressure.answered,
+    )
     try:
         listening = _listen(options.host, options.port)
     except OSError as error:
@@ -86,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     # uvicorn drains and then raises the signal again, which would end in failure; this ends in success.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(DONE))
+    if pressure is not None:
+        pressure.report(options.report)
     config = uvicorn.Config(
         application,
         interface="asgi3",
@@ -115,6 +128,11 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         most_in_flight=options.max_in_flight,
         control=options.folder if options.control else None,
     )
+
+
+def _rules(options: argparse.Namespace) -> Rules:
+    band = None if options.no_rollback else Band(options.rollback_errors, options.rollback_p95)
+    return Rules(options.agent, options.canary_drop, band)
 
 
 def _guard(options: argparse.Namespace) -> Guard:
@@ -166,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--watch",
         type=_not_negative,
         default=1.0,
-        help="seconds between two looks for a newer artifact; 0 never",
+        help="seconds between two looks for a newer artifact and at a new one's trial; 0 never",
     )
     where = parser.add_argument_group("where, and for whom")
     where.add_argument("--host", default="127.0.0.1", help="beyond loopback only with a key, or --insecure")
@@ -178,6 +196,32 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--control", action="store_true", help="clients may send another artifact, and unload the model"
     )
+    which = parser.add_argument_group("which model answers")
+    which.add_argument(
+        "--agent", help="refuse models made for another agent; without it, the vault's own name counts"
+    )
+    which.add_argument(
+        "--canary-drop",
+        type=float,
+        metavar="POINTS",
+        help="accuracy that a newer model may lose on the canary set; without it, what chance explains",
+    )
+    which.add_argument(
+        "--rollback-errors",
+        type=float,
+        default=Band().errors,
+        metavar="SHARE",
+        help="of its requests that a new model may fail and the one before answers; more rolls it back",
+    )
+    which.add_argument(
+        "--rollback-p95",
+        type=float,
+        default=Band().p95,
+        metavar="TIMES",
+        help="the p95 of the model before that a new one may take; more rolls it back",
+    )
+    which.add_argument("--no-rollback", action="store_true", help="a model that was taken stays")
+    parser.add_argument("--report", type=int, metavar="FD", help=argparse.SUPPRESS)
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument(
         "--batch-window-ms",

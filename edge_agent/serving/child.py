@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from socket import create_server
 from time import monotonic, sleep
 
+from edge_agent.serving.pressure import Gauge, Load
 from foundation.errors import HedgerowError
 from foundation.process import bound_to_parent
 
@@ -32,29 +34,50 @@ class ServingChild:
         self._options = list(options)
         self._scheme = "https" if any(one.startswith("--tls-cert") for one in options) else "http"
         self._process: subprocess.Popen[bytes] | None = None
+        self._gauge: Gauge | None = None
+        self._answers = False
 
     @property
     def address(self) -> str | None:
-        """Where it answers, while it runs."""
-        if self._process is None or self._process.poll() is not None:
+        """Where it answers, once it does and while it runs."""
+        if not self._answers or self._process is None or self._process.poll() is not None:
             return None
         return f"{self._scheme}://{self._host}:{self._port}"
+
+    @property
+    def died(self) -> bool:
+        """Whether it was started and has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def load(self) -> Load | None:
+        """Return how long answers take at present, while it runs."""
+        return self._gauge.load() if self._gauge is not None else None
 
     def start(self) -> str:
         """Start it if it does not run; returns its address, raises `HedgerowError` if it does not answer."""
         if self.address:
             return self.address
+        self._answers = False
         if self._port == 0:
             with create_server((self._host, 0)) as probe:
                 self._port = probe.getsockname()[1]
         log = self._artifacts.parent / "serving.log"
         command = [sys.executable, "-m", "edge_agent.serving", str(self._artifacts)]
         command += ["--host", self._host, "--port", str(self._port), *self._options]
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(bound_to_parent(command), stdout=file, stderr=file)
+        reading, writing = os.pipe()
+        command += ["--report", str(writing)]
+        self._gauge = Gauge(reading)
+        try:
+            with log.open("ab") as file:
+                self._process = subprocess.Popen(
+                    bound_to_parent(command), stdout=file, stderr=file, pass_fds=(writing,)
+                )
+        finally:
+            os.close(writing)
         deadline = monotonic() + START_S
         while monotonic() < deadline and self._process.poll() is None:
             if self._ready():
+                self._answers = True
                 logger.info("serving", extra={"address": self.address})
                 return f"{self._scheme}://{self._host}:{self._port}"
             sleep(0.05)
@@ -81,6 +104,8 @@ class ServingChild:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._gauge is not None:
+            self._gauge.join(1)
 
 
 def _own() -> ssl.SSLContext:

@@ -223,6 +223,7 @@ class Application:
         if found.changed:
             self.metrics.load_s = time.perf_counter() - start
             self.metrics.swaps += 1
+            self.metrics.rollbacks += found.rolled_back is not None
             await asyncio.to_thread(self._runner.measure, self._predictor.handle)
         self.metrics.refused_artifacts += found.refusal is not None and found.refusal != self._known_refusal
         self._known_refusal = found.refusal

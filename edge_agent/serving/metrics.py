@@ -97,6 +97,7 @@ class Metrics:
         self.batched_requests = 0
         """Requests that shared their run with another."""
         self.swaps = 0
+        self.rollbacks = 0
         self.refused_artifacts = 0
         self._statistics: dict[str, Statistics] = {}
         self._process = psutil.Process()
@@ -140,7 +141,8 @@ class Metrics:
         for name, told, value in (
             ("hedgerow_samples_total", "Samples that the model was run on.", self.samples),
             ("hedgerow_batched_requests_total", "Requests that shared a run.", self.batched_requests),
-            ("hedgerow_swaps_total", "Newer artifacts that were taken.", self.swaps),
+            ("hedgerow_swaps_total", "Other models that took over.", self.swaps),
+            ("hedgerow_rollbacks_total", "New models that went again.", self.rollbacks),
             ("hedgerow_refused_artifacts_total", "Newer artifacts not taken.", self.refused_artifacts),
             ("process_cpu_seconds_total", "CPU time of this process.", sum(self._process.cpu_times()[:2])),
         ):

@@ -155,10 +155,10 @@ class Runner:
     async def _one_run(self, batch: list[_Waiting]) -> list[Ran]:
         x = batch[0].x if len(batch) == 1 else np.concatenate([one.x for one in batch])
         if batch[0].handle.run_ms * max(1, len(x)) < INLINE_MS:
-            start, end, prediction = self._timed(x)
+            start, end, prediction = self._timed(x, batch[0].handle)
         else:
             start, end, prediction = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._timed, x
+                self._thread, self._timed, x, batch[0].handle
             )
         self._ran(str(prediction.manifest.round), len(x), len(batch), end - start)
         answers, row = [], 0
@@ -168,9 +168,9 @@ class Runner:
             answers.append(Ran(part, end - start, start - one.since))
         return answers
 
-    def _timed(self, x: Array) -> tuple[float, float, Prediction]:
+    def _timed(self, x: Array, handle: Handle) -> tuple[float, float, Prediction]:
         start = time.perf_counter()
-        prediction = self._predictor.predict(x)
+        prediction = self._predictor.predict(x, handle)
         return start, time.perf_counter(), prediction
 
 

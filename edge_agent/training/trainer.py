@@ -115,6 +115,10 @@ class Hooks(Protocol):
         """Whether the work was called off."""
         ...
 
+    def pause(self) -> float:
+        """Stand still between two steps, if something else on the device goes first; returns the seconds."""
+        ...
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint, durably."""
         ...
@@ -141,6 +145,10 @@ class Unsaved:
         """Whether the work was called off."""
         return self.hooks.cancelled()
 
+    def pause(self) -> float:
+        """Stand still, if something else on the device goes first."""
+        return self.hooks.pause()
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep nothing."""
 
@@ -164,6 +172,7 @@ class _Course:
     epoch: int = 0
     steps: int = 0
     seconds: float = 0.0
+    paused_s: float = 0.0
     cpu_s: float = 0.0
     loss: float = math.inf
     """Mean training loss of the last epoch."""
@@ -364,11 +373,12 @@ def _epoch(
     say: Callable[[_Course], None],
 ) -> None:
     started, started_cpu, total = time.perf_counter(), cpu_clock(), 0.0
+    course.paused_s = 0.0
     for rows in _batches(len(y), task, course.phase, course.epoch):
         total += len(rows) * _step(course, task, hooks, rows, source[rows], y[rows], start)
         say(course)
     course.loss = total / len(y)
-    course.seconds = time.perf_counter() - started
+    course.seconds = max(0.0, time.perf_counter() - started - course.paused_s)
     course.cpu_s += cpu_clock() - started_cpu
 
 
@@ -410,6 +420,7 @@ def _prepared(model: Transformer, phase: Phase, x: Tensor, task: Task) -> tuple[
 
 
 def _step(course: _Course, task: Task, hooks: Hooks, rows: Tensor, x: Tensor, y: Tensor, start: int) -> float:
+    course.paused_s += hooks.pause()
     if hooks.cancelled():
         raise Cancelled
     for parameter in course.parameters():

@@ -59,6 +59,7 @@ LONGEST = {
     "architecture": 290,
     "energy": 200,
     "models": 320,
+    "swap": 110,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
