@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from edge_agent.serving.admission import load
 from edge_agent.serving.answers import Refused
-from edge_agent.serving.predictor import load
 from export.folder import MANIFEST, MODEL, PROBE, publish
 from foundation.artifact import Manifest
 from foundation.errors import ExportError, WireError

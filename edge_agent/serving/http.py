@@ -22,8 +22,9 @@ from edge_agent.serving.answers import Answer, Refused, as_json, refusal
 from edge_agent.serving.bodies import Bodies, Receive
 from edge_agent.serving.guard import Guard
 from edge_agent.serving.metrics import Metrics, Statistics
-from edge_agent.serving.predictor import LARGEST_BATCH, Predictor
+from edge_agent.serving.predictor import Predictor
 from edge_agent.serving.runner import MOST_IN_FLIGHT, Runner
+from export.proof import LARGEST_BATCH
 from foundation.artifact import Manifest
 from foundation.parameters import Array
 

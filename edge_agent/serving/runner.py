@@ -13,7 +13,8 @@ from statistics import median
 import numpy as np
 
 from edge_agent.serving.answers import busy
-from edge_agent.serving.predictor import LARGEST_BATCH, Handle, Prediction, Predictor
+from edge_agent.serving.predictor import Handle, Prediction, Predictor
+from export.proof import LARGEST_BATCH
 from foundation.errors import DataError
 from foundation.parameters import Array
 

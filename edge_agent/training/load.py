@@ -46,6 +46,10 @@ class Loud:
         """Go on until killed."""
         return False
 
+    def pause(self) -> float:
+        """Give way to nobody."""
+        return 0.0
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep nothing."""
 
