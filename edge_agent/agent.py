@@ -29,10 +29,14 @@ from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
+from edge_agent.serving.answering import Answering
 from edge_agent.serving.child import ServingChild
+from edge_agent.serving.live import Live, followed
+from edge_agent.serving.loopback import Loopback
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
+from export.folder import CURRENT
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
 from foundation.energy import EnergyReading, Kind, Stage, total
@@ -208,6 +212,9 @@ class Agent:
         self._outbox = asyncio.Event()
         self._delivered_bytes = 0
         self._serving = ServingChild(settings.serve.host, settings.serve.port, self.vault.artifacts)
+        self._starting = asyncio.Lock()
+        self._loopback = Loopback(self._address)
+        self._answering, self._predicting = self._over_mqtt()
         self._courier = Courier(
             transport,
             frames=self._topic("assignment"),
@@ -232,7 +239,19 @@ class Agent:
                 self.limits.tally.save()
             if self._owned is not None:
                 self._owned.shutdown(wait=False)
+            await self._loopback.close()
             self._serving.stop()
+
+    def _over_mqtt(self) -> tuple[Answering | None, Live | None]:
+        """Return what answers over MQTT with the personal model, as far as it is asked for."""
+        s, answering, live = self.settings.serve.mqtt, None, None
+        if s.enabled:
+            questions, answers = self._topic("predict"), self._topic("answer")
+            answering = Answering(s, self._loopback, questions=questions, answers=answers)
+        if s.stream.enabled:
+            stream = followed(s.stream, self.settings.data)
+            live = Live(stream, self._loopback, predictions=self._topic("prediction"))
+        return answering, live
 
     async def _live(self) -> None:
         commands = await self.transport.subscribe(self._topic("command"))
@@ -244,8 +263,9 @@ class Agent:
             for life in (self._work_on, self._deliver, self._report, self._watch_data, self._watch_limits):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
-            if self._recorder is not None:
-                tasks.create_task(self._recorder.run(self.transport))
+            for more in (self._recorder, self._answering, self._predicting):
+                if more is not None:
+                    tasks.create_task(more.run(self.transport))
             async for letter in commands:
                 self._command(letter.body)
 
@@ -411,7 +431,7 @@ class Agent:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._training, self._work, job)
             self._outbox.set()
-            if job.assignment.export and self.settings.serve.enabled:
+            if job.assignment.export and self.settings.serve.wanted:
                 await self._serve()
         except (WorkRefused, DataError) as error:
             reason = str(error)
@@ -434,13 +454,27 @@ class Agent:
             await self._look_at_data()
         self._seen_run = run
 
+    async def _address(self) -> str:
+        """Return where the personal model is served, after starting the process where it does not run.
+
+        Raises `HedgerowError` where there is no model yet, or the process does not start.
+        """
+        async with self._starting:
+            if (address := self._serving.address) is not None:
+                return address
+            if not (self.vault.artifacts / CURRENT).is_symlink():
+                raise HedgerowError("there is no personal model on this device yet: train a round first")
+            address = await asyncio.to_thread(self._serving.start)
+        await self._publish("card", self.card().model_dump_json(), retain=True)
+        return address
+
     async def _serve(self) -> None:
         try:
-            await asyncio.to_thread(self._serving.start)
+            await self._address()
         except HedgerowError as error:
             self._problem = f"serving: {error}"
             logger.error("serving did not start", extra={"reason": str(error)})
-        await self._publish("card", self.card().model_dump_json(), retain=True)
+            await self._publish("card", self.card().model_dump_json(), retain=True)
 
     def _allow(self) -> None:
         if (why := self.limits.look()) is not None:

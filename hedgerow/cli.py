@@ -538,6 +538,48 @@ def serve(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+model = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(model, name="model")
+
+
+@model.callback()
+def _model() -> None:
+    """Say what a personal model costs here: `hedgerow model report`."""
+
+
+@model.command("report")
+def model_report(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of artifacts, as vault/artifacts, or one artifact.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="agent.toml: the model of its vault.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Device profile for joules: an id or file; else the device's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Measure the personal model on this device beside the uncut one.
+
+    p50 and p99 of one run (wall time) for batches of 1 and 32, samples a
+    second, file, memory and cold start of `hedgerow serve`, parity with the
+    trained model, accuracy on the device's own test part, and joules of
+    1,000 inferences: measured, mixed or modelled, ± at k = 2. Takes about
+    half a minute; stop training meanwhile, or it is measured as well.
+
+    The uncut model is written anew from the same spec with drawn weights:
+    what it costs does not depend on them, and how well it answers is unknown.
+
+    Examples:
+
+    hedgerow model report /var/lib/hedgerow/vault/artifacts
+
+    hedgerow model report --config agent.toml --json
+    """
+    from hedgerow.model import run_command
+
+    raise typer.Exit(run_command(folder, config=config, profile=profile, as_json=as_json))
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="hedgerow")
