@@ -12,6 +12,7 @@ No torch here.
 from __future__ import annotations
 
 import http.client
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -117,10 +118,11 @@ class Report(Frozen):
 
 @dataclass(frozen=True)
 class Side:
-    """A model to be measured, in a folder that can be served."""
+    """A model to be measured."""
 
     name: str
-    folder: Path
+    folder: Path | None
+    """`None` where no server can serve it."""
     manifest: Manifest
     model: bytes
     probe: Probe
@@ -135,6 +137,7 @@ def report(folder: Path, scratch: Path, meter: Meter, profile: str, say: Say = l
     """
     target = resolve(folder)
     manifest, model, probe = load_artifact(target)
+    prove(open_session(model), probe, manifest.tolerance)
     pruned = Side("pruned", target, manifest, model, probe)
     sides, absent = [pruned], []
     for name, make in (("dense", dense), ("int8", int8)):
@@ -199,8 +202,17 @@ def dense(pruned: Side, folder: Path) -> Side | Figures:
 
 
 def int8(pruned: Side, folder: Path) -> Side | Figures:
-    """Return the int8 form of the artifact where there is one."""
-    return Figures(name="int8", bytes=None, remarks=("there is no int8 form of this artifact",))
+    """Write the artifact's model with 8-bit weights, or say why not; it has no manifest to be served by."""
+    try:
+        writer = importlib.import_module("export.quantise")
+    except ModuleNotFoundError as error:
+        why = f"not written: it needs {error.name}"
+        return Figures(name="int8", bytes=None, remarks=(why,))
+    try:
+        model: bytes = writer.dynamic(pruned.model)
+    except ExportError as error:
+        return Figures(name="int8", bytes=None, remarks=(f"not written: {error}",))
+    return Side("int8", None, pruned.manifest, model, pruned.probe)
 
 
 # --- measuring ---------------------------------------------------------------------------------------
@@ -241,11 +253,18 @@ def _figures(
         per_second=max(1e3 * size / each.p50_ms for size, each in latency.items()),
         start_s=process[0] if known else None,
         rss_bytes=process[1] if known else None,
-        parity=prove(open_session(side.model), side.probe, m.tolerance).difference if side.trained else None,
-        accuracy=m.accuracy if side.trained else None,
+        parity=_parity(side) if side.trained else None,
+        accuracy=m.accuracy if side.name == "pruned" else None,
         energy=energy,
         remarks=tuple(remarks),
     )
+
+
+def _parity(side: Side) -> float:
+    """Return the largest difference of a logit; 8-bit weights have one that no proof allows."""
+    session, probe = open_session(side.model), side.probe
+    found = session.run([session.get_outputs()[0].name], {session.get_inputs()[0].name: probe.inputs})[0]
+    return float(np.abs(found - probe.logits).max())
 
 
 def batch(probe: Probe, size: int) -> Array:
@@ -323,17 +342,19 @@ def per_thousand(reading: EnergyReading, runs: int) -> Joules:
 
 def starts(side: Side) -> tuple[float, int] | str:
     """Start the server a few times; returns seconds to the first answer and its memory, or why not."""
+    if side.folder is None:
+        return "the server was not started with it: it is no artifact"
     found = []
     for _ in range(STARTS):
         try:
-            found.append(_start(side))
+            found.append(_start(side.folder, side.probe))
         except (HedgerowError, OSError, http.client.HTTPException) as error:
             return f"the server cannot be measured: {error}"
     return median(s for s, _ in found), int(median(b for _, b in found))
 
 
-def _start(side: Side) -> tuple[float, int]:
-    command = [sys.executable, "-m", "edge_agent.serving", str(side.folder), "--port", "0", "--watch", "0"]
+def _start(folder: Path, probe: Probe) -> tuple[float, int]:
+    command = [sys.executable, "-m", "edge_agent.serving", str(folder), "--port", "0", "--watch", "0"]
     begin = time.monotonic()
     process = subprocess.Popen(
         bound_to_parent(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -344,9 +365,9 @@ def _start(side: Side) -> tuple[float, int]:
         if not line:
             raise HedgerowError(process.communicate(timeout=START_S)[1].strip()[-200:] or "it ended at once")
         where = http.client.HTTPConnection(line[-1].removeprefix("http://"), timeout=START_S)
-        _ask(where, side.probe.inputs[:1])
+        _ask(where, probe.inputs[:1])
         seconds = time.monotonic() - begin
-        _ask(where, batch(side.probe, LARGE))
+        _ask(where, batch(probe, LARGE))
         where.close()
         return seconds, psutil.Process(process.pid).memory_info().rss
     finally:

@@ -538,19 +538,19 @@ def serve(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-model = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
-app.add_typer(model, name="model")
+model_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(model_verbs, name="model")
 
 
-@model.callback()
+@model_verbs.callback()
 def _model() -> None:
     """Say what a personal model costs here: `hedgerow model report`."""
 
 
-@model.command("report")
+@model_verbs.command("report")
 def model_report(
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder of artifacts, as vault/artifacts, or one artifact.")
+        Path | None, typer.Argument(metavar="DIR", help="A device's vault, its artifacts, or one artifact.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="agent.toml: the model of its vault.")] = None,
     profile: Annotated[
@@ -571,7 +571,7 @@ def model_report(
 
     Examples:
 
-    hedgerow model report /var/lib/hedgerow/vault/artifacts
+    hedgerow model report /var/lib/hedgerow/vault
 
     hedgerow model report --config agent.toml --json
     """

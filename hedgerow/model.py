@@ -57,9 +57,9 @@ def run_command(
 def _where(folder: Path | None, config: Path | None) -> tuple[Path, str]:
     """Return the folder of artifacts and the profile's name."""
     if (folder is None) == (config is None):
-        raise SettingsError("name a folder of artifacts, or the agent's settings with --config agent.toml")
+        raise SettingsError("name a vault or its artifacts, or the agent's settings with --config agent.toml")
     if folder is not None:
-        return folder, "auto"
+        return (inside if (inside := folder / "artifacts").is_dir() else folder), "auto"
     loaded, _ = settings.load(AgentSettings, config, os.environ, [], prefix="AGENT")
     return loaded.vault / "artifacts", loaded.profile
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,9 +38,13 @@ class Reply:
 class Loopback:
     """One kept connection to the serving process; `address` starts the process where it does not run."""
 
-    def __init__(self, address: Callable[[], Awaitable[str]]) -> None:
-        """Take what returns the process's address, and raises `HedgerowError` where there is none."""
-        self._address = address
+    def __init__(self, address: Callable[[], Awaitable[str]], key_file: Path | None = None) -> None:
+        """Take what returns the process's address, and raises `HedgerowError` where there is none.
+
+        `key_file` holds the key that the process asks for, if it asks for one. Over TLS its certificate is
+        not checked: it is this agent's own child, on this device.
+        """
+        self._address, self._key_file = address, key_file
         self._line: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._of: str | None = None
         self._turn = asyncio.Lock()
@@ -95,11 +101,15 @@ class Loopback:
         if self._line is None or self._of != address:
             self._hang_up()
             where = urlsplit(address)
-            self._line = await asyncio.open_connection(_reachable(where.hostname), where.port)
+            context = _own() if where.scheme == "https" else None
+            self._line = await asyncio.open_connection(_reachable(where.hostname), where.port, ssl=context)
             self._of = address
         reader, writer = self._line
-        head = f"{method} {path} HTTP/1.1\r\nHost: device\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        headers = {"Host": "localhost", "Content-Length": str(len(body))}
+        if self._key_file is not None:
+            headers["Authorization"] = f"Bearer {self._key_file.read_text().strip()}"
+        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+        writer.write(f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body)
         await writer.drain()
         return await _reply(reader)
 
@@ -124,6 +134,13 @@ def _checked(reply: Reply) -> dict[str, Any]:
     if 400 <= reply.status < 500:
         raise DataError(said)
     raise HedgerowError(f"the serving process failed: {said}")
+
+
+def _own() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _reachable(host: str | None) -> str:

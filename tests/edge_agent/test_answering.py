@@ -6,7 +6,10 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import signal
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -27,6 +30,7 @@ from edge_agent.settings import ServeMqttSettings, ServeStreamSettings
 from foundation.errors import DataError, HedgerowError, NotConnected, SettingsError
 from foundation.messages import Answer, LivePrediction, Question
 from foundation.transport import Letter, MemoryBroker, MemoryTransport
+from tests.conftest import require_service
 from tests.edge_agent.test_serving import expected, publish, softmax
 from tests.export.reference import SPECS, raw_inputs
 
@@ -371,6 +375,47 @@ async def test_whatever_else_listens_there_is_no_answer(said: bytes) -> None:
     loopback = Loopback(address)
     with pytest.raises(HedgerowError, match="does not answer"):
         await loopback.predict([1])
+    await loopback.close()
+    server.close()
+    await server.wait_closed()
+
+
+def own_certificate(folder: Path) -> ssl.SSLContext:
+    """A certificate that no authority has signed, as a device has one."""
+    tool = shutil.which("openssl")
+    require_service(tool is not None, "openssl")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=device"]
+    command = [str(tool), "req", "-x509", *kind, "-days", "2", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_the_key_is_sent_and_the_name_is_one_of_this_device(tmp_path: Path, scheme: str) -> None:
+    heard: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        said = b'{"properties": {"input": "text"}}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
+        writer.close()
+        await writer.wait_closed()
+
+    context = own_certificate(tmp_path) if scheme == "https" else None
+    server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+
+    async def address() -> str:
+        return f"{scheme}://0.0.0.0:{port}"
+
+    (tmp_path / "key").write_text("secret of this device\n")
+    loopback = Loopback(address, tmp_path / "key")
+    assert await loopback.model() == {"input": "text"}
+    assert b"\r\nAuthorization: Bearer secret of this device\r\n" in heard[0]
+    assert b"\r\nHost: localhost\r\n" in heard[0]
     await loopback.close()
     server.close()
     await server.wait_closed()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -128,6 +130,29 @@ def test_without_onnx_the_manifest_says_what_it_knows(
     assert dense.energy is None
 
 
+def test_8_bit_weights_are_measured_where_they_can_be_written(
+    tmp_path: Path, measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_known(tmp_path / "artifacts")
+    writer = ModuleType("export.quantise")
+
+    def nothing(model: bytes) -> bytes:
+        raise ExportError("there is nothing to quantise")
+
+    # What is written is another module's concern; here it is the model itself, or a reasoned no.
+    monkeypatch.setitem(sys.modules, "export.quantise", writer)
+    monkeypatch.setattr(writer, "dynamic", lambda model: model, raising=False)
+    small = measure().sides[2]
+    assert small.latency.keys() == {SMALL, LARGE}
+    assert small.energy is not None
+    assert small.parity is not None
+    assert (small.rss_bytes, small.accuracy) == (None, None), "neither served nor tested"
+    monkeypatch.setattr(writer, "dynamic", nothing)
+    assert measure(folder=tmp_path / "artifacts").sides[2].remarks == (
+        "not written: there is nothing to quantise",
+    )
+
+
 def test_a_server_that_cannot_start_leaves_its_figures_unknown(
     tmp_path: Path, measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +175,7 @@ def test_the_table_fits_and_has_every_figure(tmp_path: Path, measure: Measure) -
         assert row in text
     assert "modelled" in text
     assert "± at k = 2" in text
-    assert "there is no int8 form" in text
+    assert "int8: " in text
 
 
 def test_the_command_speaks_json_and_says_what_is_wrong(tmp_path: Path) -> None:
