@@ -36,9 +36,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import serve_models as models
-import serve_processes as processes
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import serve_models as models
+from bench import serve_processes as processes
 
 SECTIONS = ("latency", "int8", "export", "processes", "http", "parity")
 

@@ -220,7 +220,7 @@ def in_turn(found: Mapping[str, Side], runs: int) -> Times:
     """
     times: dict[str, list[float]] = {name: [] for name in found}
     clock, rng = time.thread_time, np.random.default_rng(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=True):  # set back at the end
         for turn in range(-max(5, runs // 20), runs):
             for i in rng.permutation(len(found)):
                 name, side = list(found.items())[i]

@@ -19,8 +19,8 @@ from typing import Self
 import numpy as np
 import psutil
 from safetensors.numpy import save_file
-from serve_models import Drawn
 
+from bench.serve_models import Drawn
 from export.folder import load_artifact, resolve
 from export.proof import open_session
 from foundation.artifact import Probe
