@@ -32,7 +32,10 @@ from edge_agent.limits import Limits
 from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
+from edge_agent.serving.answering import Answering
 from edge_agent.serving.child import ServingChild
+from edge_agent.serving.live import Live, followed
+from edge_agent.serving.loopback import Loopback
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
@@ -231,6 +234,8 @@ class Agent:
             serve.host, serve.port, self.vault.artifacts, [*serve.options(), f"--agent={self.name}"]
         )
         self._yielding = Yielding(serve.p95_ms, self._serving.load, meter)
+        self._loopback = Loopback(self._address, serve.api_key_file)
+        self._answering, self._predicting = self._over_mqtt()
         self._courier = Courier(
             transport,
             frames=self._topic("assignment"),
@@ -255,7 +260,19 @@ class Agent:
                 self.limits.tally.save()
             if self._owned is not None:
                 self._owned.shutdown(wait=False)
+            await self._loopback.close()
             self._serving.stop()
+
+    def _over_mqtt(self) -> tuple[Answering | None, Live | None]:
+        """Return what answers over MQTT with the personal model, as far as it is asked for."""
+        s, answering, live = self.settings.serve.mqtt, None, None
+        if s.enabled:
+            questions, answers = self._topic("predict"), self._topic("answer")
+            answering = Answering(s, self._loopback, questions=questions, answers=answers)
+        if s.stream.enabled:
+            stream = followed(s.stream, self.settings.data)
+            live = Live(stream, self._loopback, predictions=self._topic("prediction"))
+        return answering, live
 
     async def _live(self) -> None:
         commands = await self.transport.subscribe(self._topic("command"))
@@ -275,8 +292,9 @@ class Agent:
             ):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
-            if self._recorder is not None:
-                tasks.create_task(self._recorder.run(self.transport))
+            for more in (self._recorder, self._answering, self._predicting):
+                if more is not None:
+                    tasks.create_task(more.run(self.transport))
             async for letter in commands:
                 self._command(letter.body)
 
@@ -369,7 +387,7 @@ class Agent:
 
     async def _watch_serving(self) -> None:
         """Serve what is there already, start the server again when it died, and tell what it decided."""
-        if not self.settings.serve.enabled:
+        if not self.settings.serve.wanted:
             return
         if linked(self.vault.artifacts, CURRENT) is not None:
             await self._serve()
@@ -467,7 +485,7 @@ class Agent:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._training, self._work, job)
             self._outbox.set()
-            if job.assignment.export and self.settings.serve.enabled:
+            if job.assignment.export and self.settings.serve.wanted:
                 await self._serve()
         except (WorkRefused, DataError) as error:
             reason = str(error)
@@ -490,10 +508,23 @@ class Agent:
             await self._look_at_data()
         self._seen_run = run
 
+    async def _address(self) -> str:
+        """Return where the personal model is served, after starting the process where it does not run.
+
+        Raises `HedgerowError` where there is no model yet, or the process does not start.
+        """
+        async with self._starting:
+            if (address := self._serving.address) is not None:
+                return address
+            if not (self.vault.artifacts / CURRENT).is_symlink():
+                raise HedgerowError("there is no personal model on this device yet: train a round first")
+            address = await asyncio.to_thread(self._serving.start)
+        await self._publish("card", self.card().model_dump_json(), retain=True)
+        return address
+
     async def _serve(self) -> None:
         try:
-            async with self._starting:
-                await asyncio.to_thread(self._serving.start)
+            await self._address()
             self._serving_problem = None
         except HedgerowError as error:
             self._serving_problem = f"serving: {error}"

@@ -19,6 +19,35 @@ def _hostname() -> str:
     return socket.gethostname().split(".")[0] or "agent"
 
 
+class ServeStreamSettings(Frozen):
+    """Windows of a sensor, predicted as they come; the model has to be one for series."""
+
+    enabled: bool = False
+    topic: str | None = None
+    """Where the readings come from; with `kind = "mqtt_stream"`, not set: the same as in `[data]`."""
+    fields: tuple[str, ...] | None = Field(None, min_length=1, max_length=256)
+    """The numbers of one reading, in the model's order of channels; not set: as in `[data]`."""
+    time_field: str | None = None
+    """Seconds within a reading; not set: as in `[data]`, else the time of arrival."""
+    stride: int | None = Field(None, ge=1)
+    """Readings from one window to the next; not set: as in `[data]`, else half a window."""
+    max_gap_s: float = Field(1.0, gt=0)
+    """A longer silence begins a new window."""
+    per_second: float = Field(1.0, gt=0, le=100)
+    """Predictions published, at most; windows in between are skipped and counted."""
+
+
+class ServeMqttSettings(Frozen):
+    """Answering over MQTT, on the device's own topics; it starts the serving process as well."""
+
+    enabled: bool = False
+    per_second: float = Field(20.0, gt=0, le=10_000)
+    """Questions answered, at most; others are told that there are too many."""
+    question_bytes: int = Field(262_144, ge=1_024, le=8_388_608)
+    """Largest question."""
+    stream: ServeStreamSettings = ServeStreamSettings()
+
+
 class ServeSettings(Frozen):
     """Answering requests with the personal model, in a process of its own without torch."""
 
@@ -46,6 +75,13 @@ class ServeSettings(Frozen):
     """p95 that a new model may take, as a multiple of that of the one before."""
     p95_ms: float | None = Field(None, gt=0)
     """Training stands still while the p95 of answers is above; not set, it does not look."""
+
+    mqtt: ServeMqttSettings = ServeMqttSettings()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the serving process is needed, for HTTP or for MQTT."""
+        return self.enabled or self.mqtt.enabled or self.mqtt.stream.enabled
 
     def options(self) -> list[str]:
         """Return what `hedgerow serve` is told besides host and port."""

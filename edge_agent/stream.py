@@ -249,7 +249,7 @@ class StreamRecorder:
             if letter.topic == self._label_topic:
                 self._relabel(_label(letter.body, self._settings.labels))
             elif letter.topic == self._topic:
-                self._readings(_parse(letter.body, self._fields, self._settings.time_field))
+                self._readings(parse(letter.body, self._fields, self._settings.time_field))
         except (ValueError, RecursionError) as error:
             self._malformed(letter, str(error))
 
@@ -352,7 +352,7 @@ def _label(body: bytes, labels: tuple[str, ...] | None) -> str | None:
     return str(said)
 
 
-def _parse(body: bytes, fields: tuple[str, ...], time_field: str | None) -> list[Reading]:
+def parse(body: bytes, fields: tuple[str, ...], time_field: str | None) -> list[Reading]:
     """Read one reading or several; raises `ValueError` saying what is wrong with them."""
     said: Any = json.loads(body)
     names = (*fields, time_field) if time_field else fields

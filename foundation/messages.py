@@ -1,7 +1,8 @@
 """What agents and coordinator say to each other.
 
-Small messages (card, refusal, presence, telemetry, command) are JSON. Assignments and updates are frames: the
-fields below as a JSON header, and arrays beside it (see foundation/codec.py).
+Small messages (card, refusal, presence, telemetry, command) are JSON, and so are questions to a device's
+personal model and what it answers. Assignments and updates are frames: the fields below as a JSON header, and
+arrays beside it (see foundation/codec.py).
 """
 
 from __future__ import annotations
@@ -179,6 +180,60 @@ class Command(Frozen):
     run: str
     round: int
     reason: str = ""
+
+
+class Question(Frozen):
+    """A request to a device's personal model."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    id: str = Field(min_length=1, max_length=128)
+    """The asker's own, given back with the answer."""
+    inputs: list[Any] | str
+    """One raw sample or several, as nested lists of numbers; text may be a string or several."""
+    probabilities: bool = False
+    """Whether those of the likeliest labels are wanted, not only the label's own."""
+
+
+class Predicted(Frozen):
+    """The label of one sample."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+    probabilities: dict[str, float] | None = None
+
+
+class Answer(Frozen):
+    """What the personal model says to a question, or why nothing can be said."""
+
+    id: str | None
+    """`None` where the question could not be read so far."""
+    error: str | None = Field(None, max_length=500)
+    label: str | None = None
+    probability: float | None = Field(None, ge=0, le=1)
+    probabilities: dict[str, float] | None = None
+    predictions: tuple[Predicted, ...] | None = None
+    """In place of the three above, where the question had several samples."""
+    model_version: str | None = None
+    """The round that made the model."""
+    model_sha256: str | None = None
+    latency_ms: float | None = Field(None, ge=0)
+    """From the question's arrival to its answer, on the device."""
+
+
+class LivePrediction(Frozen):
+    """What the personal model says to the newest window of a sensor; retained."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+    model_version: str
+    model_sha256: str
+    latency_ms: float = Field(ge=0)
+    """From the window's last reading to its answer."""
+    time: AwareDatetime
+    """Of the window's last reading; when it came, where the sensor does not say."""
+    skipped: int = Field(0, ge=0)
+    """Windows since the prediction before this one that nobody was told about: the rate is bounded."""
 
 
 Json = dict[str, Any]

@@ -50,7 +50,11 @@ def test_numbers_are_those_of_the_code(fact: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["AgentCard", "Presence", "Assignment", "Update", "Refusal", "Telemetry", "Command"]
+    "kind",
+    [
+        *("AgentCard", "Presence", "Assignment", "Update", "Refusal", "Telemetry", "Command"),
+        *("Question", "Answer", "LivePrediction"),
+    ],
 )
 def test_every_message_is_on_the_page(kind: str) -> None:
     assert hasattr(messages, kind)
