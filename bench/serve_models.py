@@ -219,19 +219,27 @@ def in_turn(found: Mapping[str, Side], runs: int) -> Times:
     order that alone makes a fifth.
     """
     times: dict[str, list[float]] = {name: [] for name in found}
-    clock, rng = time.thread_time, np.random.default_rng(0)
-    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=True):  # set back at the end
-        for turn in range(-max(5, runs // 20), runs):
-            for i in rng.permutation(len(found)):
-                name, side = list(found.items())[i]
-                side.before()
-                side.run()
-                begin = clock()
-                side.run()
-                spent = clock() - begin
-                if turn >= 0:
-                    times[name].append(spent)
+    rng = np.random.default_rng(0)
+    enabled = torch.backends.mkldnn.set_flags(True)[0]
+    try:
+        with torch.inference_mode():
+            for turn in range(-max(5, runs // 20), runs):
+                for i in rng.permutation(len(found)):
+                    name, side = list(found.items())[i]
+                    spent = second_run(side)
+                    if turn >= 0:
+                        times[name].append(spent)
+    finally:
+        torch.backends.mkldnn.set_flags(enabled)
     return times
+
+
+def second_run(side: Side) -> float:
+    side.before()
+    side.run()
+    begin = time.thread_time()
+    side.run()
+    return time.thread_time() - begin
 
 
 def median_of(times: list[float]) -> float:

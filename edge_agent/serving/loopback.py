@@ -104,7 +104,7 @@ class Loopback:
             self._line = await asyncio.open_connection(_reachable(where.hostname), where.port, ssl=context)
             self._of = address
         reader, writer = self._line
-        headers = {"Host": "localhost", "Content-Length": str(len(body))}
+        headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(body))}
         if self._key_file is not None:
             headers["Authorization"] = f"Bearer {self._key_file.read_text().strip()}"
         lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
