@@ -85,14 +85,15 @@ class ServeSettings(Frozen):
 
     def options(self) -> list[str]:
         """Return what `hedgerow serve` is told besides host and port."""
+        names: tuple[str, ...] = ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
+        names += ("canary_drop", "rollback_errors", "rollback_p95")
+        fields = type(self).model_fields
         told = [
             f"--{name.replace('_', '-')}={value}"
-            for name in ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
-            if (value := getattr(self, name))
+            for name in names
+            if (value := getattr(self, name)) != fields[name].default
         ]
-        told += ["--insecure"] * self.insecure + ["--no-rollback"] * (not self.rollback)
-        told += [f"--rollback-errors={self.rollback_errors}", f"--rollback-p95={self.rollback_p95}"]
-        return told if self.canary_drop is None else [*told, f"--canary-drop={self.canary_drop}"]
+        return told + ["--insecure"] * self.insecure + ["--no-rollback"] * (not self.rollback)
 
 
 class ExportSettings(Frozen):

@@ -586,7 +586,7 @@ def test_models_that_are_gone_are_gone_from_memory(root: Path, models: Family) -
         models.variant(round).publish(root)
         assert predictor.reload().changed
     gc.collect()
-    held = [one for one in gc.get_objects() if isinstance(one, Handle) and one.folder.parent == root]
+    held = [one for one in gc.get_objects() if type(one) is Handle and one.folder.parent == root]
     assert sorted(one.version for one in held) == ["4", "5"], "the one that serves and the one before"
 
 

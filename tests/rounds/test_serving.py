@@ -13,6 +13,7 @@ from edge_agent.serving import canary, owner
 from edge_agent.settings import ServeSettings
 from export.folder import linked, publish, resolve
 from export.folder import load_artifact as load
+from export.sign import DEVICE_KEY, DeviceKey
 from foundation.transport import MemoryBroker
 from tests.artifacts import family
 from tests.fleet import Fleet, fleet, memory, run_settings
@@ -55,7 +56,7 @@ async def test_a_refused_and_a_rolled_back_model_are_events_of_the_coordinator(t
             # Another device's model finds its way here.
             manifest, model, _ = load(resolve(tmp_path / "d1" / "artifacts"))
             probe = (resolve(tmp_path / "d1" / "artifacts") / "probe.npz").read_bytes()
-            publish(root, manifest, model, probe)
+            publish(root, manifest, model, probe, DeviceKey.load(tmp_path / "d0" / DEVICE_KEY))
             await until(lambda: len(told(whole, "model_refused")) == 1)
             (text,) = told(whole, "model_refused")
             assert "d0: the model of round 2 was refused: the artifact was made for 'd1'" in text
