@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CODE = ("foundation", "export", "edge_agent", "coordinator", "hedgerow")
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("firmware_profiles/*.md")))
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SETTING = re.compile(r"^(# )?([a-z_]+) = (.+)$")
+SETTING = re.compile(r"^(# )?([a-z][a-z0-9_]*) = (.+)$")
 ELLIPSIS = "…"
 
 
