@@ -92,10 +92,15 @@ def _export(options: argparse.Namespace) -> str:
         opset=options.opset,
         int8=options.int8,
         probabilities=options.probabilities,
-        validation=Validation(**_arrays(options.validation)) if options.validation else None,
+        validation=_validation(options.validation) if options.validation else None,
         key=DeviceKey.load(options.key) if options.key else None,
     )
     return manifest.model_dump_json(indent=1)
+
+
+def _validation(path: Path) -> Validation:
+    arrays = _arrays(path)
+    return Validation(arrays["x"], arrays["y"])
 
 
 def _arrays(path: Path) -> dict[str, Array]:

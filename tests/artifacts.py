@@ -22,6 +22,7 @@ from export import metadata
 from export.folder import load_artifact, probe_bytes
 from export.folder import publish as put
 from export.package import export_artifact
+from export.sign import Key
 from foundation.artifact import Manifest, Probe
 from foundation.parameters import Array
 from tests.export.reference import (
@@ -50,8 +51,8 @@ class Artifact:
     model: bytes
     probe: bytes
 
-    def publish(self, root: Path) -> Path:
-        return put(root, self.manifest, self.model, self.probe)
+    def publish(self, root: Path, key: Key | None = None) -> Path:
+        return put(root, self.manifest, self.model, self.probe, key)
 
     @property
     def sha256(self) -> str:

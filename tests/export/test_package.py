@@ -20,6 +20,7 @@ from export.folder import load_artifact, probe_bytes, publish, resolve
 from export.graph import build
 from export.package import export_artifact
 from export.proof import open_session, prove
+from export.sign import DeviceKey, Keys
 from foundation.artifact import Manifest, Probe
 from foundation.energy import Kind
 from foundation.errors import ExportError, ProofFailed
@@ -310,4 +311,30 @@ def test_command_line_exports_a_safetensors_file(tmp_path: Path, capsys: pytest.
     assert main([*files, str(tmp_path / "out")]) == 3
     assert "refused: logits differ" in capsys.readouterr().err
     assert main([files[0], files[1], str(tmp_path / "nothing.npz"), str(tmp_path / "out")]) == 1
+    assert "failed: " in capsys.readouterr().err
+
+
+def test_command_line_signs_quantises_and_validates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(dict(PARAMETERS), tmp_path / "parameters.safetensors")
+    (tmp_path / "spec.json").write_text(SPEC.model_dump_json())
+    (tmp_path / "normalisation.json").write_text(normalisation_for(SPEC).model_dump_json())
+    (tmp_path / "probe.npz").write_bytes(probe_bytes(probe_for(SPEC, PARAMETERS, {})))
+    np.savez(tmp_path / "validation.npz", x=raw_inputs(SPEC, 6), y=np.zeros(6, np.int64))
+    key = DeviceKey.load(tmp_path / "key", make=True)
+    names = ("parameters.safetensors", "spec.json", "probe.npz", "out")
+    words = [
+        *(str(tmp_path / name) for name in names),
+        "--normalisation", str(tmp_path / "normalisation.json"), "--opset", "23", "--probabilities",
+        "--int8", "auto", "--key", str(tmp_path / "key"), "--validation",
+    ]  # fmt: skip
+    assert main([*words, str(tmp_path / "validation.npz")]) == 0
+    manifest = Manifest.model_validate_json(capsys.readouterr().out)
+    assert (manifest.opset, manifest.validation_examples) == (23, 6)
+    assert manifest.int8 is not None
+    loaded, model, _ = load_artifact(resolve(tmp_path / "out"), Keys([key]))
+    assert loaded == manifest
+    assert [output.name for output in open_session(model).get_outputs()] == ["logits", "probabilities"]
+    assert main([*words, str(tmp_path / "probe.npz")]) == 1
     assert "failed: " in capsys.readouterr().err

@@ -56,14 +56,15 @@ async def test_a_refused_and_a_rolled_back_model_are_events_of_the_coordinator(t
             # Another device's model finds its way here.
             manifest, model, _ = load(resolve(tmp_path / "d1" / "artifacts"))
             probe = (resolve(tmp_path / "d1" / "artifacts") / "probe.npz").read_bytes()
-            publish(root, manifest, model, probe, DeviceKey.load(tmp_path / "d0" / DEVICE_KEY))
+            key = DeviceKey.load(tmp_path / "d0" / DEVICE_KEY)
+            publish(root, manifest, model, probe, key)
             await until(lambda: len(told(whole, "model_refused")) == 1)
             (text,) = told(whole, "model_refused")
             assert "d0: the model of round 2 was refused: the artifact was made for 'd1'" in text
 
             before = linked(root, "serving")
             newer = family(tmp_path / "family").variant(7)
-            newer.publish(root)
+            newer.publish(root, key)
             async with asyncio.timeout(30):
                 while not await serves(newer.sha256):
                     await asyncio.sleep(0.05)
