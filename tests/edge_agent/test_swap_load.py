@@ -81,7 +81,7 @@ class Load:
                 thread.join(START_S)
 
     def _ask(self) -> None:
-        headers = {"Inference-Header-Content-Length": "0"}
+        headers = {"Inference-Header-Content-Length": "0", "Accept": "application/json"}
         due = time.monotonic()
         with httpx.Client(base_url=self.url, timeout=START_S) as client:
             while not self._stop.is_set():
@@ -167,7 +167,7 @@ def test_sigterm_answers_every_request_that_was_accepted(tmp_path: Path, models:
     models.variant(1).publish(root)
     body = x.tobytes()
     head = (
-        "POST /v2/models/model/infer HTTP/1.1\r\nHost: here\r\nInference-Header-Content-Length: 0\r\n"
+        "POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\nInference-Header-Content-Length: 0\r\nAccept: application/json\r\n"
         f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     ).encode()
     with serving(root) as server:
@@ -258,7 +258,7 @@ def test_a_server_killed_at_random_comes_back_with_a_proven_model(tmp_path: Path
             told = httpx.post(
                 f"{server.url}/v2/models/model/infer",
                 content=x.tobytes(),
-                headers={"Inference-Header-Content-Length": "0"},
+                headers={"Inference-Header-Content-Length": "0", "Accept": "application/json"},
             ).json()
             logits = models.expected(x, int(told["model_version"]))[0]
             np.testing.assert_allclose(told["outputs"][0]["data"], logits, rtol=0, atol=1e-4)
