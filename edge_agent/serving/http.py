@@ -360,7 +360,10 @@ class Application:
         async with self._bodies.read(ask.headers, ask.receive) as body:
             start, handle = time.perf_counter(), self._predictor.handle
             asked = protocol.decode(
-                body, None if length is None else length.decode("latin-1"), handle.manifest
+                body,
+                None if length is None else length.decode("latin-1"),
+                handle.manifest,
+                json_alone=ask.headers.get(b"accept") == b"application/json",
             )
             decoded = time.perf_counter()
         ran = await self._runner.run(asked.x, handle)

@@ -2,8 +2,8 @@
 
 With the binary extension a body is JSON of `Inference-Header-Content-Length` bytes followed by raw
 little-endian tensors; a length of 0 means that the whole body is the one input tensor, answered with
-all outputs as bytes. An output asked for as `classification` of n is answered as n texts
-`value:index:label`, largest value first.
+all outputs as bytes, or as JSON where the client accepts nothing else. An output asked for as
+`classification` of n is answered as n texts `value:index:label`, largest value first.
 """
 
 from __future__ import annotations
@@ -80,15 +80,19 @@ def datatype(manifest: Manifest) -> str:
     return "INT64" if manifest.input == "text" else "FP32"
 
 
-def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferRequest:
+def decode(
+    body: bytes, header_length: str | None, manifest: Manifest, *, json_alone: bool = False
+) -> InferRequest:
     """Decode a request's body; `header_length` is the `Inference-Header-Content-Length` header, if any.
+
+    `json_alone` says that the client accepts nothing but JSON, which a raw body cannot say itself.
 
     Raises `WireError` for whatever cannot be what was meant: JSON that is none, another input's name,
     shapes, sizes and counts that contradict each other, unknown types and outputs.
     """
     length = _header_length(body, header_length)
     if length == 0:
-        return InferRequest(_raw_tensor(body, manifest), None, _ALL[True])
+        return InferRequest(_raw_tensor(body, manifest), None, _ALL[not json_alone])
     try:
         request = _Request.model_validate_json(body[:length])
     except ValidationError as error:

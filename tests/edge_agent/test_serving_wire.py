@@ -122,6 +122,15 @@ def test_a_raw_body_is_the_one_tensor_and_answered_as_bytes(wire: Wire) -> None:
     check(tensors(told, body))
 
 
+def test_a_raw_body_is_answered_as_json_where_nothing_else_is_accepted(wire: Wire) -> None:
+    status, told, body = wire.ask(
+        "POST", INFER, X.tobytes(), Inference_Header_Content_Length=0, Accept="application/json"
+    )
+    assert (status, told["content-type"]) == (200, "application/json")
+    logits = json.loads(body)["outputs"][0]
+    np.testing.assert_allclose(np.reshape(logits["data"], logits["shape"]), LOGITS, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
 def test_packed_bodies_and_answers(wire: Wire, name: str, pack: object) -> None:
     assert callable(pack)
