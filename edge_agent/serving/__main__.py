@@ -145,6 +145,8 @@ def _guard(options: argparse.Namespace) -> Guard:
             f"--host {options.host} lets the network ask, and nobody would be asked for a key: name a file"
             " with one (--api-key-file), or say that it is meant (--insecure)"
         )
+    if options.control and key is None and not loopback:
+        raise SettingsError("--control beyond loopback needs a key: anybody could replace the model")
     if bool(options.tls_cert) != bool(options.tls_key):
         raise SettingsError("--tls-cert and --tls-key go together")
     if options.tls_cert:

@@ -379,6 +379,9 @@ def test_beyond_loopback_only_with_a_key_or_in_so_many_words(folder: Path, tmp_p
     assert (done.returncode, done.stdout) == (2, "")
     assert "--api-key-file" in done.stderr
     assert "--insecure" in done.stderr
+    done = run_server(str(folder), "--host", "0.0.0.0", "--port", "0", "--insecure", "--control")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--control" in done.stderr
     (tmp_path / "key").write_text(KEY)
     for option in (["--insecure"], ["--api-key-file", str(tmp_path / "key")]):
         with serving(folder, "--host", "0.0.0.0", *option) as running:

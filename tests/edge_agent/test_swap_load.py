@@ -167,7 +167,8 @@ def test_sigterm_answers_every_request_that_was_accepted(tmp_path: Path, models:
     models.variant(1).publish(root)
     body = x.tobytes()
     head = (
-        "POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\nInference-Header-Content-Length: 0\r\nAccept: application/json\r\n"
+        "POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+        "Inference-Header-Content-Length: 0\r\n"
         f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     ).encode()
     with serving(root) as server:
