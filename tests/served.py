@@ -22,13 +22,15 @@ KEPT = (9, 2, 30)
 START_S = 30.0
 
 
-def publish(folder: Path, name: str = "image-mean", *, round: int = 1, seed: int = 3) -> Manifest:
+def publish(
+    folder: Path, name: str = "image-mean", *, round: int = 1, seed: int = 3, agent: str = "agent <1>"
+) -> Manifest:
     spec = SPECS[name]
     parameters, masks = trained(spec, seed), masks_for(spec, KEPT)
     return export_artifact(
         spec, parameters, masks, normalisation_for(spec), labels_of(spec),
         probe_for(spec, parameters, masks), folder,
-        agent="agent <1>", run="run-1", round=round, strategy="fedavg", measure_latency=False,
+        agent=agent, run="run-1", round=round, strategy="fedavg", measure_latency=False,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ LABELS = [labels_of(SPEC)[i] for i in expected(NAME, X).argmax(-1)]
 @pytest.fixture
 def agent(tmp_path: Path, broker: EmbeddedBroker) -> Iterator[Child]:
     """An agent of its own process, whose vault has a model of an earlier run."""
-    publish(tmp_path / "vault" / "artifacts", NAME)
+    publish(tmp_path / "vault" / "artifacts", NAME, agent="d0")
     stream = {
         "enabled": True,
         "topic": "plant/imu",

@@ -399,7 +399,7 @@ async def test_the_key_is_sent_and_the_name_is_one_of_this_device(tmp_path: Path
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard.append(await reader.readuntil(b"\r\n\r\n"))
-        said = b'{"properties": {"input": "text"}}'
+        said = b'{"input": "text"}'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
         writer.close()
         await writer.wait_closed()
