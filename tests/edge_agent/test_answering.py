@@ -396,13 +396,16 @@ def own_certificate(folder: Path) -> ssl.SSLContext:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_the_key_is_sent_and_the_name_is_one_of_this_device(tmp_path: Path, scheme: str) -> None:
     heard: list[bytes] = []
+    hung_up = asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard.append(await reader.readuntil(b"\r\n\r\n"))
         said = b'{"input": "text"}'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
         writer.close()
-        await writer.wait_closed()
+        with suppress(OSError):  # the client may be gone first
+            await writer.wait_closed()
+        hung_up.set()
 
     context = own_certificate(tmp_path) if scheme == "https" else None
     server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=context)
@@ -417,5 +420,7 @@ async def test_the_key_is_sent_and_the_name_is_one_of_this_device(tmp_path: Path
     assert b"\r\nAuthorization: Bearer secret of this device\r\n" in heard[0]
     assert b"\r\nHost: localhost\r\n" in heard[0]
     await loopback.close()
+    async with asyncio.timeout(20):
+        await hung_up.wait()
     server.close()
     await server.wait_closed()
