@@ -21,6 +21,7 @@ from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.topics import Topics
 from hedgerow.broker import EmbeddedBroker
 from hedgerow.children import Child, spawn, stop_all
+from tests.broker.conftest import ONE
 from tests.edge_agent.test_serving import expected, labels_of, publish
 from tests.export.reference import SPECS, raw_inputs
 from tests.processes import sets, write_data
@@ -127,6 +128,7 @@ async def test_questions_are_answered_through_a_killed_serving_process(
     assert agent.process.poll() is None
 
 
+@ONE
 async def test_malformed_questions_are_answered_with_errors_and_the_agent_goes_on(
     agent: Child, settings: MqttSettings
 ) -> None:
@@ -165,6 +167,7 @@ async def test_malformed_questions_are_answered_with_errors_and_the_agent_goes_o
     assert (last.id, last.label) == ("x", LABELS[1])
 
 
+@ONE
 async def test_a_sensor_is_predicted_and_who_comes_later_sees_the_last(
     agent: Child, settings: MqttSettings
 ) -> None:
@@ -194,6 +197,7 @@ async def test_a_sensor_is_predicted_and_who_comes_later_sees_the_last(
     assert LivePrediction.model_validate_json(kept.body).label in labels_of(SPEC)
 
 
+@ONE
 async def test_an_agent_that_only_waits_and_answers_stays_small(agent: Child, settings: MqttSettings) -> None:
     async with asker(settings, "asker") as transport:
         letters = await transport.subscribe(TOPICS.of("d0", "answer"))

@@ -26,6 +26,7 @@ from foundation.errors import SensorError
 from foundation.mqtt import MqttSettings
 from foundation.process import bound_to_parent
 from foundation.profile import DeviceProfile
+from tests.broker.conftest import LONG
 from tests.processes import until
 from tests.scripted_plug import LIE_W
 
@@ -92,7 +93,7 @@ def quiet(within_s: float = 60) -> bool:
     ("broker", "meter", "arguments", "steps"),
     [
         ("mosquitto", "mqtt:tasmota/plug3", ["--quick", "--hold", "5"], 8),
-        ("nats", "shelly:shellyplusplugs-1", ["--hold", "4"], 11),
+        pytest.param("nats", "shelly:shellyplusplugs-1", ["--hold", "4"], 11, marks=LONG),
     ],
     indirect=["broker"],
 )

@@ -13,6 +13,7 @@ from foundation.energy import Kind
 from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.topics import ROOT
 from hedgerow.broker import EmbeddedBroker
+from tests.broker.conftest import ONE
 from tests.fleet import run_settings
 from tests.home import Home
 from tests.processes import Processes
@@ -96,6 +97,7 @@ def never_falls(home: Home, device: str) -> bool:
     return bool(highest)
 
 
+@ONE
 async def test_a_federation_in_home_assistant(processes: Processes, broker: EmbeddedBroker) -> None:
     for agent in ("d0", "d1"):
         processes.start_agent(agent)
