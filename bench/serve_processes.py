@@ -120,7 +120,7 @@ class Server:
 
 
 def request(path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-    told = {"Host": "bench", "Content-Length": str(len(body)), **headers}
+    told = {"Host": "localhost", "Content-Length": str(len(body)), **headers}
     lines = "".join(f"{key}: {value}\r\n" for key, value in told.items())
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 

@@ -69,7 +69,7 @@ class Clients:
                 self._stop.wait(max(0.0, due - time.monotonic()))
 
     def _one(self, client: httpx.Client) -> str:
-        headers = {"Inference-Header-Content-Length": "0"}
+        headers = {"Inference-Header-Content-Length": "0", "Accept": "application/json"}
         try:
             answer = client.post("/v2/models/model/infer", content=self._x.tobytes(), headers=headers)
         except httpx.HTTPError as error:
