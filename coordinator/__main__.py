@@ -17,6 +17,7 @@ import uvicorn
 
 from coordinator.app import create_app
 from coordinator.engine import Engine
+from coordinator.fleet.start import with_fleet
 from coordinator.home_assistant import HomeAssistant
 from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
@@ -27,9 +28,12 @@ from foundation.errors import HedgerowError, SettingsError
 from foundation.lock import hold
 from foundation.messages import Presence
 from foundation.mqtt import MqttTransport
-from foundation.topics import Topics
+from foundation.topics import Topics, client_id
 
 logger = logging.getLogger(__name__)
+
+COMMANDS = ("invite", "invites", "devices", "revoke", "broker-config", "audit")
+"""What coordinator/fleet/commands.py does."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="hedgerow coordinator",
         description="Run a federation: hand out work, gather updates, serve the page.",
-        epilog="Settings come from coordinator.toml, then COORDINATOR__... in the environment, then --set.",
+        epilog="Settings come from coordinator.toml, then COORDINATOR__... in the environment, then --set."
+        f" Beside it: {', '.join(COMMANDS)}; `hedgerow coordinator invite --help` and so on.",
     )
     result.add_argument("--config", type=Path, help="coordinator.toml")
     result.add_argument(
@@ -49,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the coordinator until it is told to stop; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in COMMANDS:
+        from coordinator.fleet.commands import main as command
+
+        return command(words)
+    arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
             CoordinatorSettings, arguments.config, os.environ, arguments.set, prefix="COORDINATOR"
@@ -83,12 +93,15 @@ async def _run(s: CoordinatorSettings) -> int:
         Topics(s.federation).coordinator_presence,
         Presence(state="offline").model_dump_json().encode(),
     )
-    transport = MqttTransport(s.mqtt, f"{s.federation}-coordinator", will=will)
+    transport = MqttTransport(s.mqtt, client_id(s.federation, "coordinator"), will=will)
     with Store.open(s.folder) as store:
         live = Live(store)
-        home = HomeAssistant(s, transport=transport, store=store, live=live)
-        engine = Engine(s, transport=transport, store=store, live=live, beside=[home.run])
         async with live:
+            fleet = with_fleet(s, transport, store, live)
+            home = HomeAssistant(s, transport=fleet.transport, store=store, live=live)
+            beside = [home.run, *fleet.lives]
+            engine = Engine(s, transport=fleet.transport, store=store, live=live, beside=beside)
+            fleet.watch(engine)
             return await _until_stopped(s, engine, store, live)
 
 

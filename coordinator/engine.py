@@ -54,6 +54,7 @@ from foundation.messages import (
     Telemetry,
     Update,
 )
+from foundation.seal import OVERHEAD
 from foundation.spec import initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
@@ -63,6 +64,8 @@ from foundation.work import Encoding
 logger = logging.getLogger(__name__)
 
 MALFORMED_LIMIT = 3
+GOODBYE_S = 3.0
+"""How long stopping waits for the broker."""
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
@@ -121,7 +124,7 @@ class Engine:
             receipts=self.topics.every("received"),
             receipt_topic=lambda topic: self.topics.of(self.topics.agent_of(topic), "receipt"),
             handle=self._arrived,
-            part_bytes=settings.mqtt.max_part_bytes,
+            part_bytes=settings.mqtt.max_part_bytes - OVERHEAD,
         )
 
     async def serve(self) -> None:
@@ -151,12 +154,19 @@ class Engine:
                     await asyncio.wait([self._run])
                 if self._saving is not None:
                     await asyncio.wait([self._saving])
-                await self._say("offline")
+                await self._say_goodbye()
 
     async def _say(self, state: Literal["online", "offline"]) -> None:
         presence = Presence(state=state, session=self._session)
         body = presence.model_dump_json().encode()
         await self.transport.publish(self.topics.coordinator_presence, body, retain=True)
+
+    async def _say_goodbye(self) -> None:
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._say("offline")
+        except (TimeoutError, NotConnected):
+            logger.warning("the broker did not hear the goodbye; it has the last will")
 
     # --- control -------------------------------------------------------------------------------
 
@@ -525,6 +535,20 @@ class Engine:
                 logger.warning("assignment not taken", extra={"agent": agent, "reason": str(error)})
         else:
             logger.debug("assignment delivered", extra={"agent": agent, "bytes": delivery.wire_bytes})
+
+    def shut_out(self, agent: str, reason: str) -> None:
+        """Give a device no more work, and wait for it no more."""
+        entry = self.roster.entry(agent)
+        entry.set_aside, entry.online = reason, False
+        self.live.presence(agent, False)
+        self.live.emit("revoked", f"{agent}: {reason}", agent=agent)
+        self._not_waited_for(agent, reason)
+
+    def let_in(self, agent: str) -> None:
+        """Take a device's work again."""
+        entry = self.roster.entry(agent)
+        entry.set_aside, entry.malformed = None, 0
+        self.live.emit("let_in", f"{agent} may take part again", agent=agent)
 
     # --- what arrives --------------------------------------------------------------------------
 

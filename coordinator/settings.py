@@ -95,6 +95,33 @@ class HttpSettings(Frozen):
     enabled: bool = True
 
 
+class EnrolmentSettings(Frozen):
+    """Who may take part: devices that joined with a token, and how the broker is told of them."""
+
+    enabled: bool = False
+    """Whether devices can join, and letters of those that did have seals."""
+    required: bool = True
+    """Whether nobody else may take part."""
+    broker: Literal["none", "mosquitto", "nats", "emqx"] = "none"
+    """Whose files `hedgerow coordinator broker-config` wrote."""
+    files: Path | None = None
+    """The folder it wrote them to."""
+    reload: tuple[str, ...] = ()
+    """Command that makes the broker read them again; not set, the process of its pid file gets SIGHUP."""
+    address: str | None = Field(None, pattern=r"^mqtts?://")
+    """Where devices reach the broker, for the line that `hedgerow coordinator invite` prints."""
+    coordinator_reads: tuple[str, ...] = ()
+    """More topics that the coordinator may read at the broker, such as those of smart plugs."""
+    devices_read: tuple[str, ...] = ()
+    """More topics that every device may read, such as those of its sensors."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> EnrolmentSettings:
+        if (self.broker == "none") != (self.files is None):
+            raise ValueError("enrolment.broker and enrolment.files are set together")
+        return self
+
+
 class HomeAssistantSettings(Frozen):
     """What Home Assistant is told over the same broker; `home_assistant = true` turns it on as it is."""
 
@@ -125,6 +152,7 @@ class CoordinatorSettings(Frozen):
     """End the program when the run is over."""
     mqtt: MqttSettings = MqttSettings()
     http: HttpSettings = HttpSettings()
+    enrolment: EnrolmentSettings = EnrolmentSettings()
     home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     run: RunSettings = RunSettings()
     budgets: BudgetSettings = BudgetSettings()

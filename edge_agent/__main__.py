@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edge_agent.agent import OFFLINE, Agent
 from edge_agent.calibration.use import calibrated, logged, place_beside
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
+from edge_agent.enrolment import DeviceKeyring, Seals, enrolment_in, fits
 from edge_agent.memory import hold_little
 from edge_agent.settings import AgentSettings
 from edge_agent.stream import StreamRecorder
@@ -24,7 +26,18 @@ from foundation.errors import HedgerowError, SettingsError
 from foundation.lock import hold
 from foundation.mqtt import MqttTransport
 from foundation.profile import DeviceProfile
-from foundation.topics import Topics
+from foundation.sealed import SealedTransport
+from foundation.topics import Topics, client_id
+from foundation.transport import Transport
+
+TOOLS = {
+    "join": "edge_agent.join",
+    "measure": "edge_agent.measure",
+    "calibrate": "edge_agent.calibrate",
+    "doctor": "edge_agent.doctor",
+    "export": "edge_agent.export_again",
+}
+"""Modules of what else `hedgerow agent` does, by their first word."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         prog="hedgerow agent",
         description="Train on this device's own data, and keep a personal model of it.",
         epilog="Settings come from agent.toml, then AGENT__... in the environment, then --set."
-        " `hedgerow agent measure` shows what this device draws, `hedgerow agent calibrate` fits its power"
+        " `hedgerow agent join` makes this device one of a fleet, `hedgerow agent measure` shows what it"
+        " draws, `hedgerow agent calibrate` fits its power"
         " model against a meter, `hedgerow agent doctor` says what is missing, `hedgerow agent export -o DIR`"
         " writes its last model as ONNX.",
     )
@@ -48,22 +62,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the agent until it is told to stop, or one of its tools; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["measure"]:
-        from edge_agent.measure import main as measure  # only people look at tables
-
-        return measure(words[1:])
-    if words[:1] == ["doctor"]:
-        from edge_agent.doctor import main as doctor
-
-        return doctor(words[1:])
-    if words[:1] == ["calibrate"]:
-        from edge_agent.calibrate import main as calibrate
-
-        return calibrate(words[1:])
-    if words[:1] == ["export"]:
-        from edge_agent.export_again import main as export
-
-        return export(words[1:])
+    if words and words[0] in TOOLS:
+        # Each is imported when it is asked for: the agent itself has to stay small.
+        tool: Callable[[Sequence[str]], int] = importlib.import_module(TOOLS[words[0]]).main
+        return tool(words[1:])
     arguments = parser().parse_args(words)
     try:
         loaded, origins = settings.load(
@@ -89,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run(s: AgentSettings) -> None:
     published = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
     profile = logged(calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)))
-    will = (Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode())
-    transport = MqttTransport(s.mqtt, f"{s.federation}-{s.agent}", will=will)
+    transport, seals = _transport(s)
     data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)
     with Meter(
         profile,
@@ -109,12 +110,29 @@ async def _run(s: AgentSettings) -> None:
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
         )
+        keeping = asyncio.ensure_future(seals.run()) if seals else None
         task = asyncio.ensure_future(agent.run())
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await asyncio.wait([task])
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.wait([keeping])
         if not task.cancelled():
             task.result()
+
+
+def _transport(s: AgentSettings) -> tuple[Transport, Seals | None]:
+    """Return the way to the broker, with seals where this device has joined a fleet."""
+    topic, offline = Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode()
+    name, enrolment = client_id(s.federation, s.agent), enrolment_in(s.vault)
+    if enrolment is None:
+        return MqttTransport(s.mqtt, name, will=(topic, offline)), None
+    fits(enrolment, federation=s.federation, agent=s.agent)
+    seals = Seals(s.vault)
+    will = seals.sealer.seal(topic, offline, enrolment.keys.up)
+    plain = MqttTransport(s.mqtt, name, will=(topic, will))
+    return SealedTransport(plain, DeviceKeyring(enrolment), seals.sealer, seals.opener), seals
 
 
 if __name__ == "__main__":

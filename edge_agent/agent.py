@@ -64,6 +64,7 @@ from foundation.messages import (
     Verdict,
 )
 from foundation.parameters import Parameters, layout_size
+from foundation.seal import OVERHEAD
 from foundation.spec import ModelSettings, ModelSpec, initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
@@ -82,6 +83,8 @@ LIMITS_S = 5.0
 """How often limits are looked at."""
 SERVING_S = 1.0
 """How often it is looked at what the server decided."""
+GOODBYE_S = 3.0
+"""How long stopping waits for the broker."""
 OFFLINE = Presence(state="offline")
 
 
@@ -242,7 +245,7 @@ class Agent:
             receipts=self._topic("receipt"),
             receipt_topic=lambda _: self._topic("received"),
             handle=self._arrived,
-            part_bytes=settings.mqtt.max_part_bytes,
+            part_bytes=settings.mqtt.max_part_bytes - OVERHEAD,
         )
 
     async def run(self) -> None:
@@ -253,7 +256,7 @@ class Agent:
                 try:
                     await self._live()
                 finally:
-                    await self._publish("presence", OFFLINE.model_dump_json(), retain=True)
+                    await self._say_goodbye()
         finally:
             self._call_off()
             if self.limits.tally is not None:
@@ -262,6 +265,14 @@ class Agent:
                 self._owned.shutdown(wait=False)
             await self._loopback.close()
             self._serving.stop()
+
+    async def _say_goodbye(self) -> None:
+        """Say offline, if the broker is there to hear it: a service stops in seconds, not in a minute."""
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._publish("presence", OFFLINE.model_dump_json(), retain=True)
+        except TimeoutError:
+            logger.warning("the broker did not hear the goodbye; it has the last will")
 
     def _over_mqtt(self) -> tuple[Answering | None, Live | None]:
         """Return what answers over MQTT with the personal model, as far as it is asked for."""

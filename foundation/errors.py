@@ -6,10 +6,16 @@ HedgerowError
 ├── WireError                what arrived cannot be what was meant
 │   ├── FrameTooLarge        over the bound that was agreed
 │   ├── FrameCorrupt         truncated, wrong digest, wrong header, not finite
-│   └── FrameMismatch        well-formed, but not the shapes, run, round or sender asked for
+│   ├── FrameMismatch        well-formed, but not the shapes, run, round or sender asked for
+│   └── SealBroken           a letter is not from whom its topic says
+│       ├── NotSealed        no seal where one is needed
+│       ├── SealWrong        another key made it, or the letter was changed
+│       ├── Replayed         it came before
+│       └── NotEnrolled      a device that never joined, or was revoked
 ├── TransportError           the broker or the link
 │   ├── NotConnected         no broker within the deadline
 │   └── DeliveryFailed       the other side did not take the frame in time, or refused it
+├── JoinRefused              a device may not join, or the other side cannot prove who it is
 ├── RoundError
 │   └── QuorumMissed         too few updates when the round's deadline passed
 ├── WorkRefused              this agent cannot or will not do what it was asked
@@ -53,6 +59,30 @@ class FrameCorrupt(WireError):  # noqa: N818
 
 class FrameMismatch(WireError):  # noqa: N818
     """A well-formed frame that is not for this run, round, sender or model."""
+
+
+class SealBroken(WireError):  # noqa: N818
+    """A letter is not from whom its topic says."""
+
+
+class NotSealed(SealBroken):
+    """A letter has no seal where one is needed."""
+
+
+class SealWrong(SealBroken):
+    """Another key made the seal, or the letter was changed."""
+
+
+class Replayed(SealBroken):
+    """A letter came before."""
+
+
+class NotEnrolled(SealBroken):
+    """The device never joined, or was revoked."""
+
+
+class JoinRefused(HedgerowError):  # noqa: N818
+    """A device may not join, or the other side cannot prove who it is."""
 
 
 class TransportError(HedgerowError):

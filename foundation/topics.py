@@ -15,6 +15,8 @@ hedgerow/v1/{federation}/agents/{agent}/answer         agent: answers to them
 hedgerow/v1/{federation}/agents/{agent}/prediction     agent: of its sensor's newest window  retained
 hedgerow/v1/{federation}/home/{agent}/state            coordinator, for Home Assistant  retained
 hedgerow/v1/{federation}/coordinator/state             coordinator, for Home Assistant  retained
+hedgerow/v1/{federation}/join/{user}/request           a device that wants to join (foundation/joining.py)
+hedgerow/v1/{federation}/join/{user}/answer            coordinator
 """
 
 from __future__ import annotations
@@ -25,6 +27,19 @@ from dataclasses import dataclass
 from foundation.errors import SettingsError
 
 ROOT = "hedgerow/v1"
+WRITTEN_BY_AGENTS = (
+    "presence",
+    "card",
+    "received",
+    "update",
+    "refusal",
+    "telemetry",
+    "answer",
+    "prediction",
+)
+"""What an agent writes below its own branch; the broker lets it write nothing else."""
+READ_BY_AGENTS = ("assignment", "receipt", "command", "predict")
+"""What it reads there; besides these only the coordinator's presence."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -38,6 +53,11 @@ def checked_name(name: str, what: str) -> str:
     return name
 
 
+def client_id(federation: str, who: str) -> str:
+    """Return the MQTT client id of an agent or of the `coordinator`; NATS takes none with a dot."""
+    return f"{federation}-{who}".replace(".", "~")
+
+
 @dataclass(frozen=True, slots=True)
 class Topics:
     """The topics of one federation."""
@@ -46,6 +66,11 @@ class Topics:
 
     def __post_init__(self) -> None:
         checked_name(self.federation, "federation")
+
+    @property
+    def root(self) -> str:
+        """The federation's branch."""
+        return f"{ROOT}/{self.federation}"
 
     @property
     def coordinator_presence(self) -> str:

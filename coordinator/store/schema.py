@@ -20,7 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from foundation.errors import StoreError
 
-REVISION = "0001"
+REVISION = "0002"
 MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "hedgerow.sqlite"
 PATIENCE_S = 30.0
@@ -121,6 +121,41 @@ events = sa.Table(
     sa.Column("text", sa.Text, nullable=False),
     sa.Column("data_json", sa.Text, nullable=False),
     sa.Column("at", sa.Float(53), nullable=False),
+)
+
+invites = sa.Table(
+    "invites",
+    metadata,
+    sa.Column("invite", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text),
+    sa.Column("replace", sa.Boolean, nullable=False),
+    sa.Column("created", sa.Float(53), nullable=False),
+    sa.Column("expires", sa.Float(53), nullable=False),
+    sa.Column("used_by", sa.Text),
+    sa.Column("used", sa.Float(53)),
+)
+
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("public", sa.Text, nullable=False),
+    sa.Column("salt", sa.Text, nullable=False),
+    sa.Column("enrolled", sa.Float(53), nullable=False),
+    sa.Column("revoked", sa.Float(53)),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("marks_json", sa.Text, nullable=False),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("at", sa.Float(53), nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("what", sa.Text, nullable=False),
+    sa.Column("of", sa.Text, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
 )
 
 # Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.

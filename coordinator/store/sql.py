@@ -92,6 +92,12 @@ class Store:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def transaction(self, *, writes: bool = False) -> Iterator[Connection]:
+        """Yield a connection in one transaction, for rows with a module of their own (coordinator/fleet)."""
+        with self._writing() if writes else self._reading() as connection:
+            yield connection
+
     # Runs
 
     def open_run(self, record: RunRecord) -> None:

@@ -56,10 +56,11 @@ LONGEST = {
     "operations": 320,
     "data": 180,
     "ledger": 110,
-    "architecture": 340,
+    "architecture": 380,
     "energy": 200,
     "models": 320,
     "swap": 110,
+    "fleet": 160,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -1,0 +1,242 @@
+"""`hedgerow coordinator invite | invites | devices | revoke | broker-config | audit`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.fleet.access import access_of, tell_broker
+from coordinator.fleet.authority import certified, pin_of
+from coordinator.fleet.brokers.access import BROKERS, COORDINATOR, Listener, broker_files, give, reload, write
+from coordinator.fleet.records import Device, FleetRecords, person
+from coordinator.fleet.secret import FleetSecret
+from coordinator.settings import CoordinatorSettings
+from coordinator.store.sql import Store
+from foundation import settings
+from foundation.errors import HedgerowError, SettingsError
+
+HOUR_S = 3600.0
+
+
+def main(words: Sequence[str]) -> int:
+    """Carry out one of the commands; returns the exit code."""
+    arguments = parser().parse_args(words)
+    try:
+        s, _ = settings.load(
+            CoordinatorSettings, arguments.config, os.environ, arguments.set, prefix="COORDINATOR"
+        )
+        do = {
+            "invite": _invite, "invites": _invites, "devices": _devices, "revoke": _revoke,
+            "broker-config": _broker_config, "audit": _audit,
+        }  # fmt: skip
+        do[arguments.command](arguments, s)
+    except SettingsError as error:
+        sys.stderr.write(f"hedgerow coordinator {arguments.command}: {error}\n")
+        return 2
+    except HedgerowError as error:
+        sys.stderr.write(f"hedgerow coordinator {arguments.command}: {error}\n")
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(prog="hedgerow coordinator")
+    commands = result.add_subparsers(dest="command", required=True)
+    invite = _command(
+        commands, "invite", "Print one-time tokens, each for one device to join with.",
+        "On the device: hedgerow agent join mqtts://broker.local:8883 --token hg1...",
+    )  # fmt: skip
+    invite.add_argument("--devices", type=int, default=1, metavar="N", help="so many tokens (1)")
+    invite.add_argument("--name", help="the only name that the device may take")
+    invite.add_argument(
+        "--replace", action="store_true", help="a device of that name gives way (new SD card)"
+    )
+    invite.add_argument("--hours", type=float, default=24.0, help="how long the tokens are good (24)")
+    _command(commands, "invites", "List the invitations that nobody has taken yet.")
+    _command(commands, "devices", "List the devices that joined.")
+    revoke = _command(
+        commands, "revoke", "Shut a device out: at the broker, at its seals, and in the roster.",
+        "The coordinator may run meanwhile; it knows within a second.",
+    )  # fmt: skip
+    revoke.add_argument("device")
+    revoke.add_argument("--reason", default="", help="kept, and shown where the device is")
+    config = _command(
+        commands, "broker-config", "Write a broker's files for this fleet: TLS, users, who may do what.",
+        "Start the broker with them, put the lines that are printed into coordinator.toml, invite devices.",
+    )  # fmt: skip
+    config.add_argument("broker", choices=BROKERS)
+    config.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the broker's files alone")
+    config.add_argument("--host", action="append", default=[], help="name or address of the broker; several")
+    config.add_argument("--port", type=int, help="8883; without TLS 1883")
+    config.add_argument("--insecure", action="store_true", help="without TLS: everybody in between can read")
+    config.add_argument("--group", help="the broker's group, which reads the files (as root: named as it is)")
+    audit = _command(commands, "audit", "Say who invited, revoked and changed what.")
+    audit.add_argument("--last", type=int, default=50, metavar="N", help="the newest N (50)")
+    return result
+
+
+def _command(commands: Any, name: str, text: str, more: str | None = None) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=more)
+    made.add_argument("--config", type=Path, help="coordinator.toml")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+@contextmanager
+def _records(s: CoordinatorSettings) -> Iterator[FleetRecords]:
+    with Store.open(s.folder) as store:
+        yield FleetRecords(store)
+
+
+def _invite(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    if not s.enrolment.enabled:
+        raise SettingsError(
+            "this coordinator lets devices in without joining: set enrolment.enabled = true in its settings"
+            " first (`hedgerow coordinator broker-config` prints all that belongs there)"
+        )
+    if not 1 <= arguments.devices <= 10_000 or not 0 < arguments.hours <= 8760:
+        raise SettingsError("--devices is 1 to 10000 and --hours up to 8760")
+    secret = FleetSecret.load(s.folder, s.federation)
+    pin = None if s.enrolment.files is None else pin_of(s.enrolment.files)
+    with _records(s) as records:
+        made = records.invite(
+            arguments.devices,
+            name=arguments.name,
+            replace=arguments.replace,
+            expires_s=arguments.hours * HOUR_S,
+            who=person(),
+        )
+        done = tell_broker(s, records, secret)
+    tokens = [secret.token(invite, pin).text() for invite in made]
+    if arguments.json:
+        _print({"tokens": tokens, "expires": made[0].expires, "address": s.enrolment.address, "broker": done})
+        return
+    sys.stderr.write(f"good until {_when(made[0].expires)}, each for one device; {done}\n")
+    address = s.enrolment.address or s.mqtt.address
+    for token in tokens:
+        sys.stdout.write(f"hedgerow agent join {address} --token {token}\n")
+
+
+def _invites(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    with _records(s) as records:
+        found = records.open_invites()
+    if arguments.json:
+        _print([asdict(invite) for invite in found])
+        return
+    rows = [(i.invite, i.name or "any", _when(i.created), _when(i.expires)) for i in found]
+    _table(("invitation", "name", "made", "good until"), rows, "no invitation is open")
+
+
+def _devices(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    with _records(s) as records:
+        found = records.devices()
+    if arguments.json:
+        _print([_shown(device) for device in found])
+        return
+    rows = [
+        (
+            d.agent,
+            d.public[:16],
+            _when(d.enrolled),
+            "joined" if d.revoked is None else f"revoked {_when(d.revoked)} {d.reason}".rstrip(),
+        )
+        for d in found
+    ]
+    _table(("device", "key", "joined", "state"), rows, "no device has joined: hedgerow coordinator invite")
+
+
+def _revoke(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    secret = FleetSecret.load(s.folder, s.federation)
+    with _records(s) as records:
+        device = records.revoke(arguments.device, arguments.reason, who=person())
+        done = tell_broker(s, records, secret)
+    if arguments.json:
+        _print({**_shown(device), "broker": done})
+        return
+    sys.stdout.write(f"{device.agent} is shut out; {done}\n")
+
+
+def _broker_config(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    folder = arguments.out.resolve()
+    port = arguments.port or (1883 if arguments.insecure else 8883)
+    folder.mkdir(parents=True, exist_ok=True)
+    give(folder, arguments.group or arguments.broker, wanted=arguments.group is not None)
+    tls = None if arguments.insecure else certified(folder, arguments.host or [s.mqtt.host])
+    secret = FleetSecret.load(s.folder, s.federation)
+    enrolment = {**s.enrolment.model_dump(), "enabled": True, "broker": arguments.broker, "files": folder}
+    told = s.model_copy(update={"enrolment": type(s.enrolment).model_validate(enrolment)})
+    module = broker_files(arguments.broker)
+    with _records(told) as records:
+        access = access_of(told, records, secret)
+        records.note(person(), "broker-config", arguments.broker, str(folder))
+    password = {"coordinator.password": access.coordinator.password + "\n"}
+    files = {**module.config(folder, Listener(port, tls), access), **module.users(folder, access), **password}
+    changed = write(folder, files)
+    done = reload(folder, arguments.broker, s.enrolment.reload) if changed else "nothing has changed"
+    host = (arguments.host or [s.mqtt.host])[0]
+    lines = _lines(arguments.broker, folder, host, port, tls=tls is not None)
+    if arguments.json:
+        _print({"folder": str(folder), "changed": changed, "broker": done, "coordinator_toml": lines})
+        return
+    sys.stderr.write(f"wrote {', '.join(changed) or 'nothing new'} to {folder}; {done}\n")
+    if tls is None:
+        sys.stderr.write("without TLS whoever is in between reads and changes letters; seals only tell\n")
+    sys.stderr.write("put this into coordinator.toml:\n\n")
+    sys.stdout.write(lines)
+
+
+def _lines(broker: str, folder: Path, host: str, port: int, *, tls: bool) -> str:
+    q = json.dumps
+    lines = ["[mqtt]", f"host = {q(host)}", f"port = {port}", f"username = {q(COORDINATOR)}"]
+    lines.append(f"password_file = {q(str(folder / 'coordinator.password'))}")
+    if tls:
+        lines += ["tls = true", f"ca_file = {q(str(folder / 'authority.pem'))}"]
+    lines += ["", "[enrolment]", "enabled = true", f"broker = {q(broker)}", f"files = {q(str(folder))}"]
+    scheme = "mqtts" if tls else "mqtt"
+    lines.append(f"address = {q(f'{scheme}://{host}:{port}')}")
+    return "\n".join(lines) + "\n"
+
+
+def _audit(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    with _records(s) as records:
+        found = records.deeds(last=arguments.last)
+    if arguments.json:
+        _print([asdict(deed) for deed in found])
+        return
+    rows = [(_when(d.at), d.who, d.what, d.of, d.detail) for d in found]
+    _table(("when", "who", "what", "of", ""), rows, "nobody has done anything yet")
+
+
+def _shown(device: Device) -> dict[str, Any]:
+    return {name: value for name, value in asdict(device).items() if name != "salt"}
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    if not rows:
+        sys.stderr.write(nothing + "\n")
+        return
+    table = Table(*heads, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _print(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,126 @@
+"""Lets devices in: answers those that have a token, and tells the broker who may connect."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from coordinator.fleet.brokers.access import COORDINATOR
+from coordinator.fleet.records import FleetRecords
+from coordinator.fleet.secret import FleetSecret
+from foundation.errors import HedgerowError, JoinRefused, NotConnected
+from foundation.joining import Box, Grant, Request, boxed, read_request, vouched
+from foundation.seal import Mark, Opener
+from foundation.topics import ROOT, checked_name
+from foundation.transport import Letter, Transport
+
+logger = logging.getLogger(__name__)
+
+KEEP_S = 5.0
+"""How often it is written down how far letters were read."""
+
+
+class Gate:
+    """Answers devices that want to join, and keeps how far the seals of the others were read."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        records: FleetRecords,
+        secret: FleetSecret,
+        *,
+        authority: str,
+        signing: str,
+        tell_broker: Callable[[], None],
+        emit: Callable[[str, str, str], None],
+        opener: Opener,
+    ) -> None:
+        """`authority` is the PEM of the broker's, `signing` the coordinator's public Ed25519 key, or empty.
+
+        `tell_broker` brings the broker's files up to date; `emit` takes kind, text and device of an event.
+        """
+        self._transport, self._records, self._secret = transport, records, secret
+        self._authority, self._signing = authority, signing
+        self._tell_broker, self._emit, self._opener = tell_broker, emit, opener
+        self._kept: dict[str, Mark] = {}
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        letters = await self._transport.subscribe(f"{ROOT}/{self._secret.federation}/join/+/request")
+        keeping = asyncio.create_task(self._keep())
+        try:
+            async for letter in letters:
+                await self._answer(letter)
+        finally:
+            keeping.cancel()
+            await asyncio.to_thread(self._keep_now)
+
+    async def _answer(self, letter: Letter) -> None:
+        user = letter.topic.split("/")[-2]
+        secret = self._secret.invite_secret(user.removeprefix("join-"))
+        try:
+            request = read_request(letter.body, secret)
+        except JoinRefused as error:
+            # Whoever wrote it cannot be told: it has no secret that an answer could be vouched for with.
+            self._emit("join_refused", f"somebody at {user} wanted to join: {error}", "")
+            return
+        try:
+            grant = await asyncio.to_thread(self._granted, user.removeprefix("join-"), request)
+        except HedgerowError as error:
+            grant = Grant(refused=str(error), asked=request.public)
+            self._emit("join_refused", f"{request.name} may not join: {error}", request.name)
+        else:
+            self._emit("joined", f"{request.name} joined", request.name)
+        try:
+            await self._transport.publish(f"{letter.topic.rpartition('/')[0]}/answer", vouched(grant, secret))
+        except NotConnected as error:  # it asks again
+            logger.warning("answer not sent", extra={"agent": request.name, "reason": str(error)})
+
+    def _granted(self, invite: str, request: Request) -> Grant:
+        name = checked_name(request.name, "device")
+        if name == COORDINATOR or name.startswith("join-"):
+            raise JoinRefused(f"{name!r} is a name that the broker has for others: take another with --name")
+        public = bytes.fromhex(request.public)
+        keys = self._secret.shared(name, public)  # a bad key is refused before it takes the place
+        device = self._records.join(invite, name, request.public)
+        self._tell_broker()
+        box = Box(username=name, password=self._secret.password(device))
+        return Grant(
+            name=name,
+            asked=request.public,
+            public=self._secret.public.hex(),
+            signing=self._signing,
+            authority=self._authority,
+            box=boxed(box, keys.box),
+        )
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_S)
+            try:
+                await asyncio.to_thread(self._keep_now)
+                await asyncio.to_thread(self._tell_broker)  # invitations come and expire without a letter
+            except HedgerowError as error:  # a busy or full disk: tried again
+                logger.error("marks not kept", extra={"reason": str(error)})
+
+    def _keep_now(self) -> None:
+        marks = self._opener.marks()
+        changed = {topic for topic, mark in marks.items() if self._kept.get(topic) != mark}
+        if changed:
+            agents = {_agent_of(topic) for topic in changed}
+            self._records.keep_marks(_by_agent(marks, agents))
+            self._kept = marks
+
+
+def _by_agent(marks: Mapping[str, Mark], agents: set[str]) -> dict[str, dict[str, Mark]]:
+    result: dict[str, dict[str, Any]] = {agent: {} for agent in agents}
+    for topic, mark in marks.items():
+        if (agent := _agent_of(topic)) in result:
+            result[agent][topic] = mark
+    return result
+
+
+def _agent_of(topic: str) -> str:
+    return topic.split("/")[-2]
