@@ -8,16 +8,20 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from coordinator.app import create_app
 from coordinator.engine import Engine
+from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.start import with_fleet
+from coordinator.fleet.tokens import ApiTokens
 from coordinator.home_assistant import HomeAssistant
 from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
@@ -25,6 +29,7 @@ from coordinator.store.sql import Store
 from coordinator.strategies.base import load_strategy
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
+from foundation.hosts import is_loopback
 from foundation.lock import hold
 from foundation.messages import Presence
 from foundation.mqtt import MqttTransport
@@ -32,7 +37,7 @@ from foundation.topics import Topics, client_id
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("invite", "invites", "devices", "revoke", "broker-config", "audit")
+COMMANDS = ("broker-config", "invite", "invites", "devices", "revoke", "token", "tokens", "audit")
 """What coordinator/fleet/commands.py does."""
 
 
@@ -65,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             CoordinatorSettings, arguments.config, os.environ, arguments.set, prefix="COORDINATOR"
         )
         load_strategy(loaded.run.strategy, loaded.run.settings)  # said before anything is connected
+        checked(loaded.http)
         if arguments.print_settings:
             sys.stdout.write(settings.show(loaded, origins) + "\n")
             return 0
@@ -113,7 +119,7 @@ async def _until_stopped(s: CoordinatorSettings, engine: Engine, store: Store, l
     waiting = {motor, asyncio.create_task(stop.wait())}
     if s.exit_when_done:
         waiting.add(asyncio.create_task(engine.finished.wait()))
-    server = _server(s.http, create_app(store, live, engine)) if s.http.enabled else None
+    server = _server(s.http, _app(s.http, store, live, engine)) if s.http.enabled else None
     page = asyncio.create_task(server.serve(sockets=[bound(s.http)])) if server else None
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -138,12 +144,52 @@ def bound(http: HttpSettings) -> socket.socket:
             f"{http.host}:{http.port} cannot be opened ({error.strerror}): set http.port to another, or 0"
         ) from error
     host, port = listening.getsockname()[:2]
-    logger.info("page", extra={"address": f"http://{host}:{port}/"})
+    scheme = "http" if http.tls_cert is None else "https"
+    logger.info("page", extra={"address": f"{scheme}://{host}:{port}/"})
     return listening
 
 
-def _server(http: HttpSettings, app: object) -> _Server:
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+def checked(http: HttpSettings) -> None:
+    """Raise `SettingsError` where page and API would be open to those in between, or cannot be served."""
+    if not http.enabled:
+        return
+    if http.tls_cert is None and not http.insecure and not is_loopback(http.host):
+        raise SettingsError(
+            f"http.host = {http.host} lets others in without TLS: set http.tls_cert and http.tls_key, or"
+            " http.insecure = true where nobody is in between (or keep 127.0.0.1 and come by ssh -L"
+            f" {http.port}:127.0.0.1:{http.port})"
+        )
+    if http.tls_cert is not None and http.tls_key is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(http.tls_cert, http.tls_key, "")
+        except OSError as error:  # ssl.SSLError is one too
+            raise SettingsError(f"http.tls_cert and http.tls_key cannot be used: {error}") from error
+
+
+def _app(http: HttpSettings, store: Store, live: Live, engine: Engine) -> FastAPI:
+    loopback = is_loopback(http.host)
+    return create_app(
+        store,
+        live,
+        engine,
+        hosts=http.hosts or (("localhost", "127.0.0.1", "[::1]", http.host) if loopback else ()),
+        tokens=ApiTokens(store) if http.auth == "on" or not loopback else None,
+        records=FleetRecords(store),
+        per_second=http.per_second,
+        secure=http.tls_cert is not None,
+    )
+
+
+def _server(http: HttpSettings, app: FastAPI) -> _Server:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=http.tls_cert,
+        ssl_keyfile=http.tls_key,
+        server_header=False,
+    )
     return _Server(config)
 
 

@@ -12,15 +12,18 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.fleet.records import FleetRecords
+from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.store.sql import Store
 from coordinator.web import api, pages, stream
+from coordinator.web.door import Door
 from coordinator.web.models import Control
 
 # Everything comes from here. Plotly writes styles into the elements that it makes, hence the one exception.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    " connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN = frozenset({"same-origin", "none"})
@@ -32,13 +35,18 @@ def create_app(
     control: Control,
     *,
     hosts: Sequence[str] = (),
+    tokens: ApiTokens | None = None,
+    records: FleetRecords | None = None,
+    per_second: float = 50.0,
+    secure: bool = False,
     clock: Callable[[], float] = time.time,
     status_every_s: float = stream.STATUS_EVERY_S,
 ) -> FastAPI:
     """Return the application. It opens and closes nothing: store, live and engine belong to the caller.
 
-    Nobody is asked who they are, so bind it to loopback. `hosts`, when given, are the only names that
-    requests may call this machine by, which keeps a foreign page from reaching it through a name of its own.
+    Without `tokens` nobody is asked who they are: bind it to loopback then. `records` takes down changes.
+    `hosts`, when given, are the only names that requests may call this machine by, which keeps a foreign page
+    from reaching it through a name of its own. `per_second` bounds one address, `secure` says that it is TLS.
     """
     app = FastAPI(
         title="Hedgerow coordinator",
@@ -47,6 +55,7 @@ def create_app(
         docs_url=None,  # both would load their scripts from elsewhere
         redoc_url=None,
     )
+    app.add_middleware(Door, tokens=tokens, records=records, per_second=per_second, secure=secure)
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Guard)

@@ -88,11 +88,27 @@ class BudgetSettings(Frozen):
 
 
 class HttpSettings(Frozen):
-    """Where page and API are served; without authentication, so on loopback."""
+    """Where page and API are served: on loopback to everybody on this machine, elsewhere with tokens."""
 
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     enabled: bool = True
+    auth: Literal["auto", "on"] = "auto"
+    """Whether a token is asked for: `auto` beyond loopback, `on` always."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = False
+    """Lets it be served beyond loopback without TLS: everybody in between reads tokens."""
+    hosts: tuple[str, ...] = ()
+    """Names that it may be called by; not set: on loopback its own, elsewhere all."""
+    per_second: float = Field(50.0, gt=0)
+    """Requests of one address, in the mean over ten seconds."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> HttpSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("http.tls_cert and http.tls_key are set together")
+        return self
 
 
 class EnrolmentSettings(Frozen):

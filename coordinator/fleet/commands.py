@@ -1,4 +1,4 @@
-"""`hedgerow coordinator invite | invites | devices | revoke | broker-config | audit`."""
+"""`hedgerow coordinator invite | invites | devices | revoke | broker-config | token | tokens | audit`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from coordinator.fleet.authority import certified, pin_of
 from coordinator.fleet.brokers.access import BROKERS, COORDINATOR, Listener, broker_files, give, reload, write
 from coordinator.fleet.records import Device, FleetRecords, person
 from coordinator.fleet.secret import FleetSecret
+from coordinator.fleet.tokens import ApiTokens
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.sql import Store
 from foundation import settings
@@ -38,7 +39,7 @@ def main(words: Sequence[str]) -> int:
         )
         do = {
             "invite": _invite, "invites": _invites, "devices": _devices, "revoke": _revoke,
-            "broker-config": _broker_config, "audit": _audit,
+            "broker-config": _broker_config, "token": _token, "tokens": _tokens, "audit": _audit,
         }  # fmt: skip
         do[arguments.command](arguments, s)
     except SettingsError as error:
@@ -82,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("--port", type=int, help="8883; without TLS 1883")
     config.add_argument("--insecure", action="store_true", help="without TLS: everybody in between can read")
     config.add_argument("--group", help="the broker's group, which reads the files (as root: named as it is)")
+    token = _command(
+        commands, "token", "Make a token for the page and the API, or take one back.",
+        "With curl: -H 'Authorization: Bearer hgt_...'. Only needed beyond loopback, or with http.auth = on.",
+    )  # fmt: skip
+    token.add_argument("name", help="whose it is; the audit names it")
+    token.add_argument("--role", choices=("viewer", "operator"), default="viewer", help="viewers only look")
+    token.add_argument("--days", type=float, help="how long it is good (for ever)")
+    token.add_argument("--take-back", action="store_true", help="make it worthless, within a second")
+    _command(commands, "tokens", "List the tokens for the page and the API.")
     audit = _command(commands, "audit", "Say who invited, revoked and changed what.")
     audit.add_argument("--last", type=int, default=50, metavar="N", help="the newest N (50)")
     return result
@@ -208,6 +218,34 @@ def _lines(broker: str, folder: Path, host: str, port: int, *, tls: bool) -> str
     scheme = "mqtts" if tls else "mqtt"
     lines.append(f"address = {q(f'{scheme}://{host}:{port}')}")
     return "\n".join(lines) + "\n"
+
+
+def _token(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    with Store.open(s.folder) as store:
+        tokens, records = ApiTokens(store), FleetRecords(store)
+        if arguments.take_back:
+            tokens.take_back(arguments.name)
+            records.note(person(), "take back token", arguments.name)
+            sys.stdout.write(f"the token {arguments.name} is worth nothing any more\n")
+            return
+        expires = None if arguments.days is None else arguments.days * 24 * HOUR_S
+        made = tokens.make(arguments.name, arguments.role, expires_s=expires)
+        records.note(person(), "token", arguments.name, arguments.role)
+    if arguments.json:
+        _print({"name": arguments.name, "role": arguments.role, "token": made})
+        return
+    sys.stderr.write("kept nowhere: write it down now\n")
+    sys.stdout.write(made + "\n")
+
+
+def _tokens(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
+    with Store.open(s.folder) as store:
+        found = ApiTokens(store).all()
+    if arguments.json:
+        _print([asdict(token) for token in found])
+        return
+    rows = [(t.name, t.role, _when(t.created), _when(t.expires) if t.expires else "for ever") for t in found]
+    _table(("name", "role", "made", "good until"), rows, "there is no token: hedgerow coordinator token NAME")
 
 
 def _audit(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:

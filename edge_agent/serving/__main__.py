@@ -16,7 +16,7 @@ import uvicorn
 
 from edge_agent.memory import hold_little
 from edge_agent.serving.bodies import LARGEST_BODY_BYTES
-from edge_agent.serving.guard import Guard, is_loopback, read_key
+from edge_agent.serving.guard import Guard, read_key
 from edge_agent.serving.http import Application, ServerSettings
 from edge_agent.serving.predictor import Predictor, Rules
 from edge_agent.serving.pressure import Pressure
@@ -24,6 +24,7 @@ from edge_agent.serving.runner import MOST_IN_FLIGHT
 from edge_agent.serving.trial import Band
 from export.proof import LARGEST_BATCH
 from foundation.errors import ExportError, SettingsError
+from foundation.hosts import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -66,15 +65,6 @@ def read_key(path: Path) -> str:
             f" python3 -c 'import secrets; print(secrets.token_urlsafe())' > {path.name}"
         )
     return key
-
-
-def is_loopback(host: str) -> bool:
-    """Whether all addresses of a host stay on this machine; false for a name that nobody knows."""
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)} if host else set()
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
 def _digest(key: bytes) -> bytes:

@@ -241,8 +241,8 @@ CURLS = [words for _, words in commands("curl")]
 
 @pytest.mark.parametrize("words", CURLS, ids=map(" ".join, CURLS))
 def test_addresses_exist(words: list[str], web: FastAPI) -> None:
-    (url,) = [word for word in words if word.startswith("http://")]
-    path = re.sub(r"^http://[^/]+|\?.*$", "", url)
+    (url,) = [word for word in words if word.startswith(("http://", "https://"))]
+    path = re.sub(r"^https?://[^/]+|\?.*$", "", url)
     if not path.startswith("/api/"):
         assert f'"{path}"' in (ROOT / "edge_agent/serving/http.py").read_text()
         if "--data-binary" not in words:

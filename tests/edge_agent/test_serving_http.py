@@ -29,13 +29,14 @@ from edge_agent.serving import bodies, control, protocol
 from edge_agent.serving.answers import Refused
 from edge_agent.serving.bodies import Bodies
 from edge_agent.serving.child import ServingChild
-from edge_agent.serving.guard import Guard, is_loopback, read_key
+from edge_agent.serving.guard import Guard, read_key
 from edge_agent.serving.http import Application, ServerSettings
 from edge_agent.serving.metrics import BUCKETS_S, Histogram, Metrics
 from edge_agent.serving.predictor import Handle, Prediction, Predictor
 from edge_agent.serving.runner import Ran, Runner
 from edge_agent.settings import ServeSettings
 from foundation.errors import DataError, FrameTooLarge, HedgerowError, SettingsError, WireError
+from foundation.hosts import is_loopback
 from foundation.parameters import Array
 from tests.conftest import require_service
 from tests.export.reference import SPECS, raw_inputs

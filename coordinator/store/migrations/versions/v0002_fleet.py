@@ -1,4 +1,4 @@
-"""Who may take part: invitations, devices that joined, and who did what."""
+"""Who may take part: invitations, devices that joined, tokens of the API, who did what."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
-    """Make the three tables."""
+    """Make the four tables."""
     op.create_table(
         "invites",
         sa.Column("invite", sa.Text, primary_key=True),
@@ -32,6 +32,14 @@ def upgrade() -> None:
         sa.Column("revoked", sa.Float(53)),
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("marks_json", sa.Text, nullable=False),
+    )
+    op.create_table(
+        "api_tokens",
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("role", sa.Text, nullable=False),
+        sa.Column("sha256", sa.Text, nullable=False, unique=True),
+        sa.Column("created", sa.Float(53), nullable=False),
+        sa.Column("expires", sa.Float(53)),
     )
     op.create_table(
         "audit",
