@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.calibration.use import calibrated, logged, place_beside
+from edge_agent.conditions import Conditions
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
 from edge_agent.memory import hold_little
@@ -106,6 +107,7 @@ async def _run(s: AgentSettings) -> None:
             threads=s.threads or profile.agent.threads_of(os.cpu_count() or 1),
             load_data=partial(load_data, s.data, data_dir, s.vault / "stream"),
             interface=InterfaceMeter(s.mqtt.host, s.mqtt.port),
+            conditions=Conditions(),
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
         )

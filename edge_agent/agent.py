@@ -25,6 +25,7 @@ import psutil
 from pydantic import ValidationError
 
 from edge_agent.answer import arrived, kept, to_send, weights_of
+from edge_agent.conditions import Conditions
 from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
 from edge_agent.last_model import save as save_last
@@ -193,6 +194,7 @@ class Agent:
         carry_out: CarryOut | None = None,
         interface: InterfaceMeter | None = None,
         limits: Limits | None = None,
+        conditions: Conditions | None = None,
         int8: Literal["auto", "on", "off"] = "off",
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
@@ -201,6 +203,7 @@ class Agent:
         device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
         `interface` counts the bytes of the way to the broker.
         `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
+        `conditions` watches heat, clock and power mode of each round; without it updates do not tell.
         `int8` says whether exported weights become 8-bit integers (export/quantise.py).
         """
         self.name = checked_name(settings.agent, "agent")
@@ -217,6 +220,7 @@ class Agent:
         self._training = training or self._owned
         self._carry_out = carry_out
         self._interface = interface
+        self._conditions = conditions
         self._int8: Literal["auto", "on", "off"] = int8
         self._seen_run: str | None = None
         self._data: LocalData | None = None
@@ -557,6 +561,8 @@ class Agent:
         flat = a.work.layout == "flat"
         spec = self._own_spec(data) if flat else a.spec
         self.standing = Standing(run=a.run, round=a.round, hidden_units=spec.hidden)
+        if self._conditions is not None:
+            self._conditions.begin(self.threads)
         with self.meter.stage(Stage.TRAIN):
             trainer = _trainer()
             trainer.use_threads(self.threads)
@@ -598,6 +604,7 @@ class Agent:
             interface=traffic.interface if traffic else None,
             interface_received_bytes=traffic.received if traffic else None,
             interface_sent_bytes=traffic.sent if traffic else None,
+            state=self._conditions.end() if self._conditions else None,
             artifact=artifact,
             problem=problem,
             parameters=to_send(outcome.parameters, outcome.extra, sent, a.work),
@@ -731,6 +738,8 @@ class Agent:
             if quiet and time.monotonic() - last < IDLE_TELEMETRY_S:
                 continue
             last, told = time.monotonic(), stage
+            if self._conditions is not None:
+                self._conditions.look()
             telemetry = self.telemetry(process.memory_info().rss)
             await self._publish("telemetry", telemetry.model_dump_json(), qos=0)
 

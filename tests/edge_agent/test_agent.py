@@ -15,6 +15,7 @@ import pytest
 
 from coordinator.strategies.base import load_strategy
 from edge_agent.agent import OFFLINE, Agent
+from edge_agent.conditions import Conditions
 from edge_agent.datasets import DataSettings, load
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
@@ -28,6 +29,7 @@ from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transfer import Courier
 from foundation.transport import MemoryBroker, MemoryTransport
+from tests.devices import ORIN, written
 from tests.toys import LABELS, SPEC, ToyFederation, toy_data
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +43,9 @@ async def agent_on(
     folder: Path,
     load_data: Callable[[], LocalData],
     limits: Callable[[Meter], Limits] | None = None,
+    *,
+    conditions: Conditions | None = None,
+    threads: int = 1,
 ) -> AsyncIterator[Agent]:
     settings = AgentSettings(
         agent="d0", federation="test", vault=folder / "d0", data=DataSettings(kind="builtin")
@@ -52,10 +57,11 @@ async def agent_on(
             transport=MemoryTransport(broker, will=will),
             meter=meter,
             profile="unknown-linux",
-            threads=1,
+            threads=threads,
             load_data=load_data,
             retry_s=0.02,
             limits=limits(meter) if limits else None,
+            conditions=conditions,
         )
         life = asyncio.create_task(agent.run())
         try:
@@ -375,3 +381,22 @@ async def test_limits_that_cannot_hold_are_on_the_card(tmp_path: Path) -> None:
             "limits: joules_per_day cannot hold: nobody knows this device's joules"
         )
         assert card_on(broker).unavailable is None
+
+
+async def test_an_update_says_under_what_conditions_it_was_made(tmp_path: Path) -> None:
+    root, broker, data = written(tmp_path / "root", ORIN), MemoryBroker(), toy_data(0)
+    there = agent_on(broker, tmp_path, lambda: data, conditions=Conditions(root))
+    async with there, coordinator_on(broker) as coordinator:
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.updates))
+    state = coordinator.updates[0].state
+    assert state is not None
+    assert (state.power_mode, state.most_c, state.throttle_events, state.threads) == ("15W", 50.0, 0, 1)
+
+
+async def test_who_does_not_look_tells_nothing_of_conditions(tmp_path: Path) -> None:
+    broker, data = MemoryBroker(), toy_data(0)
+    async with agent_on(broker, tmp_path, lambda: data), coordinator_on(broker) as coordinator:
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.updates))
+    assert coordinator.updates[0].state is None
