@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(s: AgentSettings) -> None:
     published = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
-    profile = logged(calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)))
+    chosen = partial(calibrated, published, s.energy.calibration, place_beside(s.vault, s.agent))
+    profile = logged(chosen())
     will = (Topics(s.federation).of(s.agent, "presence"), OFFLINE.model_dump_json().encode())
     transport = MqttTransport(s.mqtt, f"{s.federation}-{s.agent}", will=will)
     data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)
@@ -98,6 +99,7 @@ async def _run(s: AgentSettings) -> None:
         rate_hz=s.energy.rate_hz,
         share=s.energy.share,
         agents_on_host=s.energy.agents_on_host,
+        renewed=lambda: logged(chosen()),
     ) as meter:
         agent = Agent(
             s,

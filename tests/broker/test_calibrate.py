@@ -79,11 +79,14 @@ def test_a_plug_that_is_silent_is_told_with_what_to_look_at(settings: MqttSettin
         meter.check()
 
 
-def quiet(within_s: float = 60) -> bool:
-    """Whether the machine is less than half busy for two seconds: else no load can be told from none."""
+BUSY = "the processor was busy with other work: idle cannot be told from load"
+
+
+def quiet(within_s: float = 10) -> bool:
+    """Whether the machine is less than half busy for a second: else no load can be told from none."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if psutil.cpu_percent(interval=2.0) < 50:
+        if psutil.cpu_percent(interval=1.0) < 50:
             return True
     return False
 
@@ -92,7 +95,8 @@ def quiet(within_s: float = 60) -> bool:
 @pytest.mark.parametrize(
     ("broker", "meter", "arguments", "steps"),
     [
-        ("mosquitto", "mqtt:tasmota/plug3", ["--quick", "--hold", "5"], 8),
+        ("mosquitto", "shelly:shellyplusplugs-1", ["--quick", "--hold", "1", "--settle", "0.2"], 8),
+        pytest.param("mosquitto", "mqtt:tasmota/plug3", ["--quick", "--hold", "5"], 8, marks=LONG),
         pytest.param("nats", "shelly:shellyplusplugs-1", ["--hold", "4"], 11, marks=LONG),
     ],
     indirect=["broker"],
@@ -107,13 +111,15 @@ def test_a_known_power_model_is_recovered(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if not quiet():
-        pytest.skip("the processor was busy with other work for a minute: idle cannot be told from load")
+        pytest.skip(BUSY)
     kind, name = ("tasmota", "plug3") if meter.startswith("mqtt:") else ("shelly", "shellyplusplugs-1")
     heard, out = plug(kind, name), tmp_path / "calibration" / "pi.toml"
     command = [sys.executable, "-m", "edge_agent", "calibrate", "--meter", meter]
     command += ["--mqtt-port", str(settings.port), "--profile", "unknown-linux", "--out", str(out)]
-    command += ["--settle", "0.5", "--force", "--json", "--agent", "pi", *arguments]
+    command += ["--settle", "0.5", "--no-clock", "--force", "--json", "--agent", "pi", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    if done.returncode == 3 and min(s["utilisation"] for s in json.loads(done.stdout)["step"]) > 0.3:
+        pytest.skip(BUSY)  # it was refused, as it must be: every idle hold was full of other work
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-5000:]
 
     said, made = json.loads(done.stdout), read_calibration(out)
