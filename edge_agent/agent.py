@@ -561,11 +561,12 @@ class Agent:
         flat = a.work.layout == "flat"
         spec = self._own_spec(data) if flat else a.spec
         self.standing = Standing(run=a.run, round=a.round, hidden_units=spec.hidden)
+        threads, eased = self._threads_for(a)
         if self._conditions is not None:
-            self._conditions.begin(self.threads)
+            self._conditions.begin(threads, self.threads, eased)
         with self.meter.stage(Stage.TRAIN):
             trainer = _trainer()
-            trainer.use_threads(self.threads)
+            trainer.use_threads(threads)
             personal = self.vault.personal(a.run, before=a.round)
             own = initial_parameters(spec, a.model_seed)
             own = own.updated(personal.parameters if personal else {})
@@ -613,6 +614,17 @@ class Agent:
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
         self.standing.accuracy = outcome.metrics["accuracy"]
         give_back()
+
+    def _threads_for(self, a: Assignment) -> tuple[int, str | None]:
+        """Return how many threads this work is done on, and why they are fewer than this device's own."""
+        limit, threads, eased = a.work.thread_limit(), self.threads, None
+        if limit is not None and limit.most < threads:
+            threads, eased = limit.most, "the coordinator asks for fewer"
+        threads, warm = self.limits.threads(threads)
+        if (eased := warm or eased) is not None:
+            told = {"run": a.run, "round": a.round, "threads": threads, "own": self.threads, "reason": eased}
+            logger.info("fewer threads", extra=told)
+        return threads, eased
 
     def _hooks(self, job: _Job) -> _Hooks:
         return _Hooks(self.meter, self.vault, self.standing, job.called_off, self._yielding)

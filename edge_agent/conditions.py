@@ -41,14 +41,15 @@ class Conditions:
         self._throttling = Throttling(root)
         self._lock = threading.Lock()
         self._threads: int | None = None
+        self._own: int | None = None
         self._eased: str | None = None
         self._start_c = self._most_c = self._degrees()
         self._events_before = self._throttling.look()
 
-    def begin(self, threads: int | None = None, eased: str | None = None) -> None:
-        """Begin a round on so many threads of arithmetic, `eased` saying why they are fewer than usual."""
+    def begin(self, threads: int | None = None, own: int | None = None, eased: str | None = None) -> None:
+        """Begin a round on so many threads of arithmetic; `eased` says why they are fewer than its `own`."""
         with self._lock:
-            self._threads, self._eased = threads, eased
+            self._threads, self._own, self._eased = threads, own, eased
             self._start_c = self._most_c = self._degrees()
             self._events_before = self._throttling.look()
 
@@ -72,6 +73,7 @@ class Conditions:
                 most_c=self._most_c,
                 throttle_events=None if events is None else events - (before or 0),
                 threads=self._threads,
+                own_threads=self._own,
                 eased=self._eased,
             )
 

@@ -87,7 +87,9 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
         try:
             if arguments.json:
                 for each in rows:
-                    state = conditions.end().model_dump(mode="json", exclude={"threads", "eased"})
+                    state = conditions.end().model_dump(
+                        mode="json", exclude={"threads", "own_threads", "eased"}
+                    )
                     line = {"profile": profile.id, "sources": each, "state": state}
                     sys.stdout.write(json.dumps(line) + "\n")
                     sys.stdout.flush()

@@ -129,6 +129,8 @@ class DeviceState(Frozen):
     """How often the processor was slowed, or the supply too weak; on a Raspberry Pi at least so often."""
     threads: int | None = Field(None, ge=1)
     """Of arithmetic."""
+    own_threads: int | None = Field(None, ge=1)
+    """How many the device uses where nobody asks for fewer and it is not too warm."""
     eased: str | None = Field(None, max_length=300)
     """Why these are fewer than the device's own, in words."""
 

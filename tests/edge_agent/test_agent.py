@@ -21,6 +21,7 @@ from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
 from edge_agent.settings import AgentSettings, LimitSettings
+from edge_agent.training import trainer
 from edge_agent.vault import Vault
 from foundation.codec import frame_of, update_from
 from foundation.errors import DataError
@@ -29,6 +30,7 @@ from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transfer import Courier
 from foundation.transport import MemoryBroker, MemoryTransport
+from foundation.work import ThreadLimit
 from tests.devices import ORIN, written
 from tests.toys import LABELS, SPEC, ToyFederation, toy_data
 
@@ -400,3 +402,68 @@ async def test_who_does_not_look_tells_nothing_of_conditions(tmp_path: Path) -> 
         await coordinator.ask(assignment())
         await until(lambda: bool(coordinator.updates))
     assert coordinator.updates[0].state is None
+
+
+@pytest.fixture
+def threads_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch was told, in the thread that trains."""
+    told: list[int] = []
+    real = trainer.use_threads
+    monkeypatch.setattr(trainer, "use_threads", lambda threads: (told.append(threads), real(threads)))
+    return told
+
+
+async def done_on(
+    folder: Path, threads: int, *, most: int | None = None, hot: int | None = None, limit_c: float = 70
+) -> Update:
+    """One round of a device with so many threads, asked for at most `most`, at `hot` thousandths of °C."""
+    root, broker, data = written(folder / "root", ORIN), MemoryBroker(), toy_data(0)
+    if hot is not None:
+        (root / "sys/class/thermal/thermal_zone0/temp").write_text(str(hot))
+    asked = assignment()
+    terms = () if most is None else (ThreadLimit(most=most),)
+    asked = asked.model_copy(update={"work": asked.work.model_copy(update={"terms": terms})})
+
+    def limits(meter: Meter) -> Limits:
+        return Limits(LimitSettings(max_temperature_c=limit_c), meter, folder, root=root)
+
+    there = agent_on(
+        *(broker, folder, lambda: data), limits=limits, conditions=Conditions(root), threads=threads
+    )
+    async with there, coordinator_on(broker) as coordinator:
+        await coordinator.ask(asked)
+        await until(lambda: bool(coordinator.updates))
+        return coordinator.updates[0]
+
+
+@pytest.mark.parametrize(
+    ("threads", "most", "hot", "used", "why"),
+    [
+        (2, None, None, 2, None),
+        (2, 1, None, 1, "the coordinator asks for fewer"),
+        (1, 8, None, 1, None),  # its own bound is lower
+        (4, None, 66_000, 2, "it is warm: 66.0 °C, the limit is 70 °C"),
+        (4, 3, 66_000, 1, "it is warm: 66.0 °C, the limit is 70 °C"),
+        (1, None, 66_000, 1, None),
+    ],
+)
+async def test_work_is_done_on_no_more_threads_than_coordinator_heat_and_owner_allow(
+    tmp_path: Path,
+    threads_used: list[int],
+    threads: int,
+    most: int | None,
+    hot: int | None,
+    used: int,
+    why: str | None,
+) -> None:
+    state = (await done_on(tmp_path, threads, most=most, hot=hot)).state
+    assert state is not None
+    assert (state.threads, state.own_threads, state.eased) == (used, threads, why)
+    assert threads_used == [used]
+
+
+async def test_so_many_threads_give_the_same_bits_whoever_asked_for_them(tmp_path: Path) -> None:
+    own = await done_on(tmp_path / "own", 2)
+    asked = await done_on(tmp_path / "asked", 4, most=2)
+    warm = await done_on(tmp_path / "warm", 4, hot=66_000)
+    assert own.parameters == asked.parameters == warm.parameters

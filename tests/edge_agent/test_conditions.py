@@ -44,7 +44,7 @@ def test_a_machine_that_says_nothing_is_unknown_not_zero(tmp_path: Path) -> None
 def test_a_round_says_under_what_conditions_it_was_done(orin: Path) -> None:
     conditions = Conditions(orin)
     hot, cool = (orin / f"sys/class/thermal/thermal_zone{i}/temp" for i in (0, 1))
-    conditions.begin(3, "it was warm")
+    conditions.begin(3, 6, "it was warm")
     hot.write_text("81500\n")
     conditions.look()
     hot.write_text("62000\n")
@@ -60,6 +60,7 @@ def test_a_round_says_under_what_conditions_it_was_done(orin: Path) -> None:
         most_c=81.5,
         throttle_events=2,
         threads=3,
+        own_threads=6,
         eased="it was warm",
     )
     assert "15W" in in_words(state)
