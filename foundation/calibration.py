@@ -28,7 +28,7 @@ MOST_BYTES = 1 << 20
 
 Text = Annotated[str, Field(max_length=500)]
 Positive = Annotated[float, Field(ge=0)]
-Block = Literal["idle", "cores", "duty", "memory", "clock", "gpu", "training"]
+Block = Literal["idle", "cores", "duty", "memory", "clock", "gpu", "network", "training"]
 """A kind of load."""
 MeterKind = Literal["plug", "sysfs", "csv", "manual"]
 
@@ -66,6 +66,9 @@ class Step(Frozen):
     """What the clock was held down to, where it was."""
     gpu: float | None = Field(None, ge=0, le=1)
     """Busy share of the GPU; `None` where nobody says."""
+    up_mbit_s: Positive | None = None
+    down_mbit_s: Positive | None = None
+    """Through the interface towards the broker, all programs together; `None` where nobody says."""
     sensor_w: Positive | None = None
     """What the device's own sensor said."""
     temperature_c: float | None = None
@@ -115,8 +118,18 @@ class AtClock(Frozen):
     full_w: Figure
 
 
+class FittedLink(Frozen):
+    """What traffic through one interface draws beyond the processor's work."""
+
+    interface: Text
+    up: Figure
+    """W per Mbit/s."""
+    down: Figure | None = None
+    """The same; `None` where each byte goes both ways, as over loopback, and `up` is of both."""
+
+
 class FittedModel(Frozen):
-    """p_idle + (p_full(f) - p_idle) * u ** exponent + gpu * u_gpu, and how well it holds."""
+    """p_idle + (p_full(f) - p_idle) * u ** exponent + gpu * u_gpu + link * Mbit/s, and how well it holds."""
 
     p_idle_w: Figure
     p_full_w: Figure
@@ -126,10 +139,11 @@ class FittedModel(Frozen):
     """p_full by clock, rising, linear between; without it one for all clocks. The last one is `p_full_w`."""
     gpu_w: Figure | None = None
     """What a busy GPU draws on top."""
+    link: FittedLink | None = None
     exponent: float = Field(1.0, ge=0.3, le=1.5)
     covariance: tuple[tuple[float, ...], ...]
-    """W², of p_idle, p_full and, where they are there, memory, p_full at the lower clocks, and GPU; without
-    the meter's own error."""
+    """W², of p_idle, p_full and, where they are there, memory, p_full at the lower clocks, GPU and link;
+    without the meter's own error."""
     rmse_w: Positive
     """Of all steps."""
     hold_out_error: Positive
@@ -146,10 +160,18 @@ class FittedModel(Frozen):
             raise ValueError("clock must rise, and each full_w be at least p_idle_w")
         if self.clock and self.clock[-1].full_w != self.p_full_w:
             raise ValueError("the full_w of the highest clock must be p_full_w")
-        size = 2 + (self.memory_w is not None) + max(0, len(self.clock) - 1) + (self.gpu_w is not None)
+        more = [self.memory_w, self.gpu_w, self.link, self.link.down if self.link else None]
+        size = 2 + sum(figure is not None for figure in more) + max(0, len(self.clock) - 1)
         if len(self.covariance) != size or any(len(row) != size for row in self.covariance):
             raise ValueError(f"covariance must be {size} x {size}")
         return self
+
+    def watts_of(self, step: Step) -> float:
+        """Return watts at the processor's and GPU's load, the clock and the traffic of a step."""
+        up, down = step.up_mbit_s or 0.0, step.down_mbit_s or 0.0
+        link = self.link.up.v * up if self.link else 0.0
+        link += self.link.down.v * down if self.link and self.link.down else 0.0
+        return self.watts(step.utilisation, step.mhz, step.gpu) + link
 
     def watts(self, utilisation: float, mhz: float | None = None, gpu: float | None = None) -> float:
         """Return watts at busy shares of processor and GPU, and a clock (default: the highest)."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from foundation.calibration import Calibration, ProfileFacts, full_at
+from foundation.calibration import Calibration, FittedLink, ProfileFacts, full_at
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
@@ -75,6 +75,8 @@ class PowerModel(Frozen):
     """(MHz, W) of all cores busy by clock, from a calibration; else one figure for all clocks."""
     gpu_full_w: float | None = Field(None, ge=0)
     """What a busy GPU draws on top, from a calibration; `None`: the model does not see the GPU."""
+    link: tuple[str, float, float] | None = None
+    """Interface, and W per Mbit/s up and down that its traffic draws on top, from a calibration."""
     governor: str | None = None
     """Of a calibration: with another one idle and load differ."""
     flags: tuple[str, ...] = ()
@@ -248,6 +250,7 @@ class DeviceProfile(Frozen):
             u_rel_net=Number(v=fitted.u_rel_net, kind="derived", src=source.id),
             full_w_by_mhz=tuple((at.mhz, at.full_w.v) for at in fitted.clock),
             gpu_full_w=fitted.gpu_w.v if fitted.gpu_w else None,
+            link=_link(fitted.link),
             governor=calibration.device.governor,
             flags=("calibrated",),
         )
@@ -319,6 +322,10 @@ def _parse(data: bytes, file: str) -> DeviceProfile:
             f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
         )
         raise SettingsError(f"the device profile {file} is wrong: {problems}") from error
+
+
+def _link(fitted: FittedLink | None) -> tuple[str, float, float] | None:
+    return None if fitted is None else (fitted.interface, fitted.up.v, fitted.down.v if fitted.down else 0.0)
 
 
 def _single(number: Number) -> float:

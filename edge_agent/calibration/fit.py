@@ -1,6 +1,7 @@
 """Fits the power model to the steps of a calibration: weighted least squares without negative coefficients.
 
     P = p_idle + d(f) * u ** a + memory * [the load is memory-bound] + gpu * u_gpu
+        + up * Mbit/s sent + down * Mbit/s received
 
 d is linear between the clocks f at which the processor was held; where it was not, it is one figure.
 
@@ -19,7 +20,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from foundation.calibration import AtClock, Figure, FittedModel, FittedSensor, Step
+from foundation.calibration import AtClock, Figure, FittedLink, FittedModel, FittedSensor, Step
 from foundation.energy import Scope
 from foundation.errors import SensorError
 
@@ -42,8 +43,8 @@ class Fit:
 
     exponent: float
     terms: tuple[str, ...]
-    """What each coefficient is of: `idle`, `full`, `memory` and `gpu` where there were such steps, and
-    `clock` for every lower clock."""
+    """What each coefficient is of: `idle`, `full`, `clock` for every lower clock, and `memory`, `gpu`, `up`
+    and `down` where there were such steps."""
     knots: tuple[float, ...]
     """Clocks in MHz, rising; empty where they were not told apart."""
     coefficients: Floats
@@ -156,7 +157,18 @@ def _terms(steps: Sequence[Step], knots: Sequence[float]) -> tuple[str, ...]:
         if any(step.gpu is None for step in steps):
             raise SensorError("how busy the GPU is could not be read in every step: leave it out")
         terms.append("gpu")
+    if "network" in blocks:
+        terms += _ways(steps)
     return tuple(terms)
+
+
+def _ways(steps: Sequence[Step]) -> list[str]:
+    """Return the ways that traffic is told apart by; over loopback each byte goes both ways."""
+    up, down = [step.up_mbit_s for step in steps], [step.down_mbit_s for step in steps]
+    if None in up or None in down:
+        raise SensorError("the interface's bytes could not be read in every step: leave out --net")
+    alike = np.allclose(np.array(up, float), np.array(down, float), rtol=0.02, atol=0.1)
+    return ["up"] if alike else ["up", "down"]
 
 
 def _columns(steps: Sequence[Step], terms: Sequence[str], knots: Sequence[float], exponent: float) -> Floats:
@@ -175,8 +187,12 @@ def _columns(steps: Sequence[Step], terms: Sequence[str], knots: Sequence[float]
                 columns.append(u * hats[:, next(lower)])
             case "memory":
                 columns.append(np.array([float(step.block == "memory") for step in steps]))
-            case _:
+            case "gpu":
                 columns.append(np.array([step.gpu or 0.0 for step in steps]))
+            case "up":
+                columns.append(np.array([step.up_mbit_s or 0.0 for step in steps]))
+            case _:
+                columns.append(np.array([step.down_mbit_s or 0.0 for step in steps]))
     return np.stack(columns, axis=1)
 
 
@@ -197,8 +213,10 @@ def _variances(steps: Sequence[Step], accuracy: float) -> Floats:
     return np.square(bars / 2)
 
 
-def model_of(found: Fit, steps: Sequence[Step], accuracy: float) -> FittedModel:
+def model_of(found: Fit, steps: Sequence[Step], accuracy: float, interface: str = "") -> FittedModel:
     """Return the fit as it is written down, with error bars at k = 2 that hold the meter's own error.
+
+    `interface` is the one whose bytes the steps tell.
 
     Raises `SensorError` where power does not rise with load: then there is no model to write down.
     """
@@ -220,13 +238,16 @@ def model_of(found: Fit, steps: Sequence[Step], accuracy: float) -> FittedModel:
     ]
     mean = float(np.mean([step.watts for step in steps]))
     lower = [figure for figure, term in zip(figures, found.terms, strict=True) if term == "clock"]
+    named = dict(zip(found.terms, figures, strict=True))
+    up = named.get("up")
     clock = zip(found.knots, [*lower, figures[1]], strict=True) if found.knots else ()
     return FittedModel(
         p_idle_w=figures[0],
         p_full_w=figures[1],
-        memory_w=figures[found.terms.index("memory")] if "memory" in found.terms else None,
+        memory_w=named.get("memory"),
         clock=tuple(AtClock(mhz=mhz, full_w=full_w) for mhz, full_w in clock),
-        gpu_w=figures[found.terms.index("gpu")] if "gpu" in found.terms else None,
+        gpu_w=named.get("gpu"),
+        link=FittedLink(interface=interface, up=up, down=named.get("down")) if up else None,
         exponent=found.exponent,
         covariance=tuple(tuple(map(float, row)) for row in covariance),
         rmse_w=found.rmse_w,

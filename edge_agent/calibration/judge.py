@@ -80,7 +80,7 @@ def _heat(steps: Sequence[Step]) -> Iterator[Breach]:
 def _idle(steps: Sequence[Step], model: FittedModel) -> Iterator[Breach]:
     """Compare the idle holds, each less what its measured utilisation accounts for."""
     zero = model.p_idle_w.v
-    idle = [s.watts - (model.watts(s.utilisation, s.mhz, s.gpu) - zero) for s in steps if s.block == "idle"]
+    idle = [s.watts - (model.watts_of(s) - zero) for s in steps if s.block == "idle"]
     mean = sum(idle) / len(idle) if idle else 0.0
     if len(idle) < 2 or mean <= 0:
         yield Breach("idle", "there are no two idle holds with a power to compare", "run all steps")

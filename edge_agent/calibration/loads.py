@@ -28,8 +28,6 @@ READY_S = 180.0
 """torch takes half a minute to load on the slowest boards."""
 MOST_MIB = 64
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-NO_NETWORK = "network traffic"
-"""What no calibration says anything about."""
 GPU_PROGRAM = (sys.executable, "-m", "edge_agent.training.gpu_load")
 LOWER_CLOCKS = (0.0, 0.5)
 """Shares of the clock's range at which the processor is loaded as well, where it can be held there."""
@@ -46,6 +44,8 @@ class Load:
     hold_out: bool = False
     clock: float = 1.0
     """Share of its range that the processor's clock is held down to; 1 leaves it alone."""
+    way: str = ""
+    """Of traffic: `up`, or `both` where it comes back."""
 
 
 IDLE = Load("idle", "idle")
@@ -59,17 +59,26 @@ CLOCK = tuple(
     for busy in (0.5, 1.0)
 )
 GPU = tuple(Load(f"gpu-{percent}", "gpu", percent / 100) for percent in (50, 100))
+NETWORK = tuple(
+    Load(f"net-{way}-{percent}", "network", percent / 100, way=way)
+    for way in ("up", "both")
+    for percent in (50, 100)
+)
 TRAINING = Load("training", "training", 1.0, hold_out=True)
 
 
-def plan(seed: int, *, quick: bool = False, clock: bool = False, gpu: bool = False) -> tuple[Load, ...]:
+def plan(
+    seed: int, *, quick: bool = False, clock: bool = False, gpu: bool = False, net: bool = False
+) -> tuple[Load, ...]:
     """Return the loads in an order drawn from a seed, with idle first, in the middle and last.
 
-    `clock` says that the processor's clock can be held down, `gpu` that there is a GPU to load.
+    `clock` says that the processor's clock can be held down, `gpu` that there is a GPU to load, `net`
+    that there is a broker to send to.
     """
     loads = [*CORES, TRAINING] if quick else [*CORES, *MORE, TRAINING]
     loads += CLOCK if clock else ()
     loads += GPU if gpu else ()
+    loads += NETWORK if net else ()
     random.Random(seed).shuffle(loads)
     middle = len(loads) // 2
     return (IDLE, *loads[:middle], IDLE, *loads[middle:], IDLE)
@@ -91,6 +100,9 @@ def commands(load: Load, cores: Sequence[int], threads: int) -> list[list[str]]:
             return [[*kernel, "memory", "--core", str(core), "--mib", str(mib)] for core in cores]
         case "gpu":
             return [[*GPU_PROGRAM, "--duty", f"{load.busy:g}"]]
+        case "network":
+            program = [sys.executable, "-m", "edge_agent.calibration.net_load", load.way]
+            return [[*program, "--duty", f"{load.busy:g}"]]
         case "cores" | "clock":
             duties = duties_of(load.busy, len(cores))
     return [

@@ -24,6 +24,7 @@ from edge_agent.calibration.meters import NEEDS, CalibrationMeter, Span, least_h
 from edge_agent.energy.board import firmware_bits
 from edge_agent.energy.clocks import Clocks
 from edge_agent.energy.gpu_load import GpuLoad
+from edge_agent.energy.link import Link
 from edge_agent.energy.sensor import EnergySensor
 from edge_agent.energy.utilisation import machine_busy_seconds
 from edge_agent.surroundings import temperatures
@@ -102,8 +103,12 @@ class Watch:
         sensor: EnergySensor | None,
         clocks: Clocks | None = None,
         gpu: GpuLoad | None = None,
+        link: Link | None = None,
     ) -> None:
         self.busy, self.joules = Timeline(), Timeline()
+        self.sent, self.received = Timeline(), Timeline()
+        """Megabits."""
+        self._link = link
         self.cycles, self.gpu = Timeline(), Timeline()
         """Busy seconds times MHz, and busy seconds of the GPU."""
         self._clocks, self._gpu = clocks or Clocks(Path("/nonexistent")), gpu
@@ -139,6 +144,9 @@ class Watch:
             busy = machine_busy_seconds()
             self.busy.add(now, busy)
             self._speed(now, busy)
+            mbit = self._link.mbit() if self._link else None
+            self.sent.add(now, mbit[0] if mbit else None)
+            self.received.add(now, mbit[1] if mbit else None)
             if self._sensor is not None:
                 self.joules.add(now, self._sensor.joules(now))
                 if self._sensor.breaks != self._seen_breaks:
@@ -151,8 +159,9 @@ class Watch:
         """Add up the clock over the busy time, and the GPU's busy share; what is not known is a hole."""
         mhz, share = self._clocks.mhz(), self._gpu.share() if self._gpu else None
         last, self._last = self._last, None if busy is None else (now, busy)
-        if last is None or busy is None:
+        if busy is None:
             return
+        last = last or (now, busy)
         if mhz is not None:
             self._cycles += mhz * max(0.0, busy - last[1])
             self.cycles.add(now, self._cycles)
@@ -187,9 +196,10 @@ class Session:
         tell: Tell = lambda *_: None,
         domains: Sequence[Domain] = (),
         gpu: GpuLoad | None = None,
+        link: Link | None = None,
     ) -> None:
-        """Take the clock domains that loads may be held down in, and what says how busy the GPU is."""
-        self._domains, self._gpu = domains, gpu
+        """Take the clock domains that loads may be held down in, and what says how busy GPU and link are."""
+        self._domains, self._gpu, self._link = domains, gpu, link
         self._meter, self._sensor, self._timing = meter, sensor, timing
         self._threads, self._root, self._tell = threads, root, tell
         self._cores = psutil.cpu_count() or 1
@@ -202,7 +212,7 @@ class Session:
         """
         self._bits = firmware_bits(self._root)
         before = host.facts(self._root)
-        watching = Watch(self._meter, self._sensor, Clocks(self._root), self._gpu)
+        watching = Watch(self._meter, self._sensor, Clocks(self._root), self._gpu, self._link)
         with ClockPins(self._domains) as pins, watching as watch:
             done: list[_Held] = []
             steps: list[Step] = []
@@ -294,6 +304,8 @@ class Session:
             samples=seen.samples,
             mhz=watch.mhz(part.start_s, part.end_s),
             most_mhz=held.most_mhz,
+            up_mbit_s=watch.sent.rate(part.start_s, part.end_s),
+            down_mbit_s=watch.received.rate(part.start_s, part.end_s),
             gpu=_within_one(watch.gpu.rate(part.start_s, part.end_s)),
             sensor_w=None if broken else watch.joules.rate(part.start_s, part.end_s),
             temperature_c=held.temperature_c,

@@ -16,6 +16,7 @@ import psutil
 
 from edge_agent.energy.clocks import Clocks, governor
 from edge_agent.energy.gpu_load import GpuLoad, gpu_load
+from edge_agent.energy.link import Link
 from edge_agent.energy.power_mode import power_mode
 from edge_agent.energy.sensor import EnergySensor
 from foundation.energy import Kind, Scope, Stage
@@ -64,6 +65,8 @@ class Utilisation:
         self._root, self._mode = root, power_mode(root)
         self._clocks = Clocks(root) if model.full_w_by_mhz else None
         self._gpu: GpuLoad | None = gpu_load(root) if model.gpu_full_w is not None else None
+        self._link = Link(model.link[0], root) if model.link is not None else None
+        self._link_base: tuple[float, float] | None = None
         self._looked_s: float | None = None
         self._mode_changed = False
         self.breaks = 0
@@ -92,19 +95,28 @@ class Utilisation:
         if self._looked_s is None or now_s - self._looked_s >= LOOK_S:
             self._looked_s = now_s
             self._look()
+        mbit = self._link.mbit() if self._link else None
         if self._base is None:
-            self._base = now_s, busy
+            self._base, self._link_base = (now_s, busy), mbit
         then_s, before = self._base
         seconds = now_s - then_s
         if seconds > 0:
             mhz = self._clocks.mhz() if self._clocks else None
             gpu = self._gpu.share() if self._gpu else None
             watts = self._model.watts((busy - before) / (self._cores * seconds), mhz, gpu)
-            self._joules = max(self._joules, self._sum_j + watts * seconds)
+            self._joules = max(self._joules, self._sum_j + watts * seconds + self._link_j(mbit))
         if seconds >= _WINDOW_S:
-            self._base = now_s, busy
+            self._base, self._link_base = (now_s, busy), mbit
             self._sum_j = self._joules
         return self._joules
+
+    def _link_j(self, mbit: tuple[float, float] | None) -> float:
+        """Return the joules of the traffic since the base; none of an interface that began anew."""
+        base = self._link_base
+        if mbit is None or base is None or self._model.link is None:
+            return 0.0
+        _, up_j, down_j = self._model.link
+        return up_j * max(0.0, mbit[0] - base[0]) + down_j * max(0.0, mbit[1] - base[1])
 
     def _look(self) -> None:
         """Look whether power mode and governor are still those that the model is of."""
@@ -119,6 +131,8 @@ class Utilisation:
             model.gpu_full_w is not None and (self._gpu is None or self._gpu.share() is None)
         ):
             found.append("clock_or_gpu_unread")
+        if self._link is not None and self._link.mbit() is None:
+            found.append("link_unread")
         self.flags = tuple(found)
 
 

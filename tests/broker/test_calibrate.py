@@ -18,9 +18,13 @@ import psutil
 import pytest
 
 from edge_agent.__main__ import main
+from edge_agent.calibration.loads import NETWORK, Running, commands
 from edge_agent.calibration.meters import PlugMeter, Span
+from edge_agent.calibration.net_load import where
 from edge_agent.calibration.plug_reader import PlugReader
+from edge_agent.energy.link import Link
 from edge_agent.energy.plug import plug_of
+from edge_agent.traffic import interface_to
 from foundation.calibration import read_calibration
 from foundation.errors import SensorError
 from foundation.mqtt import MqttSettings
@@ -71,6 +75,28 @@ def test_a_plug_is_heard_and_only_asked(kind: str, plug: Plug, settings: MqttSet
     assert set(heard.read_text().splitlines()) == ({"cmnd/plug3/Status 8"} if kind == "tasmota" else set())
 
 
+@pytest.mark.parametrize("way", ["up", "both"])
+def test_the_network_load_really_sends_to_the_broker_and_gets_it_back(
+    way: str, settings: MqttSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interface = interface_to(settings.host, settings.port)
+    assert interface is not None
+    link = Link(interface)
+    for name, value in where(settings, "hedgerow/v1/test/agents/pi/calibrate").items():
+        monkeypatch.setenv(name, value)
+    (load,) = (load for load in NETWORK if load.way == way and load.busy == 1)
+
+    def sent() -> float:
+        mbit = link.mbit()
+        assert mbit is not None
+        return mbit[0]
+
+    with Running(commands(load, [0], 1)) as running:
+        before = sent()
+        until(lambda: sent() > before + 20)
+        running.check()
+
+
 def test_a_plug_that_is_silent_is_told_with_what_to_look_at(settings: MqttSettings) -> None:
     plug = plug_of("shelly:nobody")
     plug.period_s = 0.1  # type: ignore[misc]  # else the test would wait half a minute
@@ -82,7 +108,7 @@ def test_a_plug_that_is_silent_is_told_with_what_to_look_at(settings: MqttSettin
 BUSY = "the processor was busy with other work: idle cannot be told from load"
 
 
-def quiet(within_s: float = 10) -> bool:
+def quiet(within_s: float = 20) -> bool:
     """Whether the machine is less than half busy for a second: else no load can be told from none."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:

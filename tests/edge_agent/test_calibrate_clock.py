@@ -19,11 +19,12 @@ import pytest
 
 from edge_agent.calibration.clock_pins import ClockPins, domains_of
 from edge_agent.calibration.fit import fit, model_of
-from edge_agent.calibration.loads import CLOCK, CORES, GPU, IDLE, Load
+from edge_agent.calibration.loads import CLOCK, CORES, GPU, IDLE, NETWORK, Load
 from edge_agent.calibration.meters import Seen, Span
 from edge_agent.calibration.session import Session, Timing
 from edge_agent.calibration.use import OTHER_MODE, calibrated, place_for
 from edge_agent.energy.gpu_load import gpu_load
+from edge_agent.energy.link import Link
 from edge_agent.energy.meter import Meter
 from edge_agent.energy.utilisation import Utilisation
 from foundation.calibration import Calibration, MeterKind, full_at
@@ -151,7 +152,8 @@ class KnownMeter:
         u = (busy - last[1]) / (self._processor.cores * (now_s - last[0]))
         # A file of a real system is never half written; this one is while its new number is put in.
         self._mhz = float(text) / 1000 if (text := cap(self._root)) else self._mhz
-        watts = true_w(u, self._mhz, self._gpu())
+        up, down = self._processor.traffic
+        watts = true_w(u, self._mhz, self._gpu()) + 0.05 * up + 0.03 * down
         self._joules.append((now_s, watts * (now_s - last[0])))
 
     def over(self, span: Span) -> Seen:
@@ -174,22 +176,37 @@ class KnownProcessor:
     def __init__(self) -> None:
         self.cores = psutil.cpu_count() or 1
         self._share = self._busy_s = 0.0
+        self.traffic = (0.0, 0.0)
+        """Mbit/s up and down."""
+        self._mbit = (0.0, 0.0)
         self._time_s = time.monotonic()
         self._lock = threading.Lock()
 
     def seconds(self) -> float:
         with self._lock:
             now = time.monotonic()
-            self._busy_s += self._share * self.cores * (now - self._time_s)
+            seconds = now - self._time_s
+            self._busy_s += self._share * self.cores * seconds
+            (up, down), (sent, received) = self.traffic, self._mbit
+            self._mbit = sent + up * seconds, received + down * seconds
             self._time_s = now
             return self._busy_s
 
-    def load(self, share: float) -> None:
+    def mbit(self) -> tuple[float, float]:
+        """As an interface counts them."""
         self.seconds()
-        self._share = share
+        return self._mbit
+
+    def load(self, load: Load) -> None:
+        self.seconds()
+        self._share = 0.1 if load.block in ("gpu", "network") else load.busy
+        up = 50.0 * load.busy if load.block == "network" else 0.0
+        self.traffic = up, 0.9 * up if load.way == "both" else 0.0
 
 
-def test_a_known_model_by_clock_and_gpu_is_recovered(orin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_model_by_clock_gpu_and_traffic_is_recovered(
+    orin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clock that is really held, a GPU that is a file, and a processor whose load is known."""
     processor = KnownProcessor()
     written(orin, {GPU_FILE: "0"})
@@ -197,13 +214,15 @@ def test_a_known_model_by_clock_and_gpu_is_recovered(orin: Path, monkeypatch: py
     monkeypatch.setattr("edge_agent.calibration.session.commands", lambda *_: [])
 
     def tell(load: Load, what: str, done: float, seconds: float) -> None:
-        if what == "settle":
-            processor.load(0.1 if load.block == "gpu" else load.busy)
+        if what == "settle" and done < 0.05:
+            processor.load(load)
             new = orin / "new"
             new.write_text(str(round(1000 * load.busy) if load.block == "gpu" else 0))
             new.replace(orin / GPU_FILE)
 
-    loads = (IDLE, CORES[3], CLOCK[1], CORES[2], GPU[1], CLOCK[3], CORES[1], GPU[0], IDLE)
+    loads = (IDLE, CORES[3], CLOCK[1], CORES[2], GPU[1], CLOCK[3], CORES[1], GPU[0], IDLE, *NETWORK[1:])
+    link = Link("wlan0", orin)
+    monkeypatch.setattr(link, "mbit", processor.mbit)
     meter = KnownMeter(orin, processor)
     session = Session(
         *(meter, None),
@@ -213,16 +232,21 @@ def test_a_known_model_by_clock_and_gpu_is_recovered(orin: Path, monkeypatch: py
         tell=tell,
         domains=domains_of(orin)[0],
         gpu=gpu_load(orin),
+        link=link,
     )
     steps = session.run(loads)
     assert cap(orin) == "1510400"
-    model = model_of(fit(steps, 0.01), steps, 0.01)
+    model = model_of(fit(steps, 0.01), steps, 0.01, link.interface)
     assert [round(at.mhz, 1) for at in model.clock] == [115.2, 806.4, 1510.4]
     for at in model.clock:
         assert at.full_w.v == pytest.approx(true_w(1.0, at.mhz), rel=0.03)
     assert model.p_idle_w.v == pytest.approx(IDLE_W, rel=0.03)
     assert model.gpu_w is not None
     assert model.gpu_w.v == pytest.approx(4.0, rel=0.03)
+    assert model.link is not None
+    assert model.link.down is not None
+    assert model.link.up.v == pytest.approx(0.05, rel=0.03)
+    assert model.link.down.v == pytest.approx(0.03, rel=0.03)
 
 
 def test_a_power_mode_that_is_set_meanwhile_ends_it(orin: Path) -> None:
@@ -270,6 +294,26 @@ def test_joules_follow_the_clock_and_the_gpu(orin: Path) -> None:
     (orin / GPU_FILE).write_text("broken")
     sensor.joules(10.0 * len(seen) + 10.0)
     assert "clock_or_gpu_unread" in sensor.flags
+
+
+def test_traffic_of_the_interface_is_charged_and_an_unread_one_is_said(tmp_path: Path) -> None:
+    steps = steps_of(link=(0.06, 0.04), noise=0.0)
+    model = model_of(fit(steps, 0.02), steps, 0.02, "wlan0")
+    profile = PI4.calibrated(calibration_of(steps, model=model))
+    assert profile.model is not None
+    counters = "sys/class/net/wlan0/statistics"
+    written(tmp_path, {f"{counters}/tx_bytes": "1000000", f"{counters}/rx_bytes": "0"})
+    sensor = Utilisation(profile.model, busy=lambda: 0.0, cores=4, root=tmp_path)
+    assert sensor.joules(0.0) == 0
+    written(tmp_path, {f"{counters}/tx_bytes": "13500000", f"{counters}/rx_bytes": "25000000"})
+    found = sensor.joules(10.0)  # 100 Mbit up, 200 down
+    assert found == pytest.approx(10 * IDLE_W + 0.06 * 100 + 0.04 * 200, rel=0.01)
+    written(tmp_path, {f"{counters}/tx_bytes": "0", f"{counters}/rx_bytes": "0"})
+    again = sensor.joules(20.0)
+    assert again == pytest.approx((found or 0) + 10 * IDLE_W, rel=0.01), "an interface that began anew"
+    (tmp_path / counters / "tx_bytes").unlink()
+    sensor.joules(30.0)
+    assert "link_unread" in sensor.flags
 
 
 def test_between_clocks_watts_are_linear_and_beyond_them_level() -> None:

@@ -92,6 +92,28 @@ def test_what_each_clock_and_the_gpu_draw_is_recovered(quick: bool, seed: int) -
     assert not judged(steps)
 
 
+@given(seed=st.integers(0, 200))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_what_traffic_draws_each_way_is_recovered(seed: int) -> None:
+    steps = steps_of(seed=seed, link=(0.06, 0.04))
+    model = model_of(fit(steps, METER.accuracy), steps, METER.accuracy, "wlan0")
+    assert model.link is not None
+    assert model.link.down is not None
+    assert model.link.interface == "wlan0"
+    assert model.link.up.v == pytest.approx(0.06, rel=0.03)
+    assert model.link.down.v == pytest.approx(0.04, rel=0.04)
+    assert abs(model.link.down.v - 0.04) <= model.link.down.u
+    assert not judged(steps)
+
+
+def test_over_loopback_both_ways_are_one() -> None:
+    steps = [s.model_copy(update={"down_mbit_s": s.up_mbit_s}) for s in steps_of(link=(0.1, 0.0), noise=0.0)]
+    link = model_of(fit(steps, 0.02), steps, 0.02, "lo").link
+    assert link is not None
+    assert link.up.v == pytest.approx(0.1, rel=0.01)
+    assert link.down is None
+
+
 def test_a_clock_that_did_not_follow_is_no_clock_of_its_own() -> None:
     steps = [s.model_copy(update={"mhz": FAST_MHZ}) for s in steps_of()] + [
         step_of(load, IDLE_W + (FULL_W - IDLE_W) * load.busy, load.busy, mhz=FAST_MHZ, most_mhz=SLOW_MHZ)
@@ -106,6 +128,9 @@ def test_a_clock_that_nobody_could_read_is_said() -> None:
         fit(steps, 0.02)
     steps = [s.model_copy(update={"gpu": None}) for s in steps_of(gpu_w=4.0)]
     with pytest.raises(SensorError, match="GPU"):
+        fit(steps, 0.02)
+    steps = [s.model_copy(update={"up_mbit_s": None}) for s in steps_of(link=(0.1, 0.1))]
+    with pytest.raises(SensorError, match="bytes could not be read"):
         fit(steps, 0.02)
 
 
