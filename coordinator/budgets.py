@@ -1,15 +1,18 @@
 """Who can afford this round: in full, with less work, or not at all, and why. Pure rules.
 
-What a round will cost is what the device's last rounds took, scaled by optimizer steps. Local epochs are cut
-first, to one in every phase. Where a budget for a round does not pay for all epochs, more FFL units are to go
-as well, down to the density floor of the device's profile, so that in time all may fit again. That promise
-rests on multiply-adds and counts nothing in this round's prediction; what it brings is in the next history.
+What a round will cost is what the device's last rounds took, scaled by optimizer steps. Threads are lowered
+where its history shows that more local epochs fit so; what fewer threads cost is tried where a budget of
+joules does not hold and nothing is known of it. Then local epochs are cut, to one in every phase. Where a
+budget for a round does not pay for all epochs, more FFL units are to go as well, down to the density floor of
+the device's profile, so that in time all may fit again. That promise rests on multiply-adds and counts
+nothing in this round's prediction; what it brings is in the next history.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from coordinator.easing import Ease, epochs_of, fewest_epochs, gone_of
@@ -39,6 +42,12 @@ class Case:
     """Share of FFL units in the multiply-adds of a dense step, 0 to 1."""
     density_floor: float = 0.1
     """Smallest share of the units that the device's profile would leave."""
+    threads: int | None = None
+    """Threads that `rates` are of; `None` where nobody told, or the device cannot be asked for fewer."""
+    own_threads: int | None = None
+    """How many the device uses of itself."""
+    fewer: Mapping[int, Rates] = field(default_factory=dict)
+    """Its rates with fewer threads, as far as they are known."""
 
     def cost(self, epochs: int) -> Cost:
         """Return what so many local epochs will cost; only with rates."""
@@ -123,11 +132,18 @@ def _caps(case: Case) -> list[_Cap]:
 
 
 def _fitted(case: Case, caps: list[_Cap]) -> Verdict:
-    """Return the most work that is within all caps."""
+    """Return the most work that is within all caps, on as many threads as do not make it less."""
     whole, fewest = epochs_of(case.work), fewest_epochs(case.work)
-    for epochs in range(whole, fewest - 1, -1):
-        if all(cap.holds(case.cost(epochs)) for cap in caps):
-            return Verdict(ease=_ease(case, caps, epochs))
+    chosen, epochs = case, _most(case, caps)
+    for threads, rates in sorted(case.fewer.items(), reverse=True):
+        if epochs == whole or not whole:
+            break
+        other = replace(case, rates=rates, threads=threads)
+        more = _most(other, caps)
+        if more is not None and (epochs is None or more > epochs):
+            chosen, epochs = other, more
+    if epochs is not None:
+        return Verdict(ease=_ease(case, chosen, caps, epochs))
     least = case.cost(fewest)
     cap = next(cap for cap in caps if not cap.holds(least))
     work = f"{fewest} of {_epochs(whole)}" if whole else "an evaluation"
@@ -137,17 +153,70 @@ def _fitted(case: Case, caps: list[_Cap]) -> Verdict:
     return Verdict(skip=reason)
 
 
-def _ease(case: Case, caps: list[_Cap], epochs: int) -> Ease | None:
+def _most(case: Case, caps: list[_Cap]) -> int | None:
+    """Return the most local epochs that are within all caps; `None` if not even the fewest are."""
+    for epochs in range(epochs_of(case.work), fewest_epochs(case.work) - 1, -1):
+        if all(cap.holds(case.cost(epochs)) for cap in caps):
+            return epochs
+    return None
+
+
+def _ease(usual: Case, case: Case, caps: list[_Cap], epochs: int) -> Ease | None:
+    """Return how to ask for so many epochs at the rates of `case`, which may be those of fewer threads."""
     whole, gone = epochs_of(case.work), _gone(case, caps)
-    told, most = [], None
+    told: list[str] = []
+    most = None
     full = case.cost(whole)
+    threads = _threads(usual, case, caps, epochs, told)
     if epochs < whole:
         cap = next(cap for cap in caps if not cap.holds(full))
         told.append(f"{epochs} of {_epochs(whole)}: the whole round {_needs(case, full, cap)}, {cap.words}")
         most = epochs
     if gone is not None:
         told.append(f"{gone:.0%} of the FFL units are to go and not {gone_of(case.work):.0%}")
-    return Ease(epochs=most, gone=gone, reason="; ".join(told)) if told else None
+    return Ease(epochs=most, gone=gone, threads=threads, reason="; ".join(told)) if told else None
+
+
+def _threads(usual: Case, case: Case, caps: list[_Cap], epochs: int, told: list[str]) -> int | None:
+    """Return how many threads to ask for at most, if not for all, and tell why."""
+    own, threads = usual.own_threads, case.threads
+    if own is None or threads is None:
+        return None
+    if case is not usual:
+        before = usual.cost(epochs_of(usual.work))
+        cap = next(cap for cap in caps if not cap.holds(before))
+        whole = f"with {usual.threads} the whole round {_needs(usual, before, cap)}, {cap.words}"
+        told.append(f"{_of(threads, own)}: {whole}")
+    elif threads < own:
+        if _surely_fits(case, caps, own / threads):
+            return None
+        told.append(f"{_of(threads, own)}: with more nothing is known any longer")
+    elif _worth_trying(case, caps, epochs):
+        threads = threads // 2
+        told.append(f"{_of(threads, own)}: to learn what that saves")
+    return threads if threads < own else None
+
+
+def _surely_fits(case: Case, caps: list[_Cap], times: float) -> bool:
+    """Whether the whole round fits even if more threads cost so many times the joules; they save time."""
+    whole = case.cost(epochs_of(case.work))
+    dearer = Cost(None if whole.joules is None else whole.joules * times, whole.seconds)
+    return all(cap.holds(dearer) for cap in caps)
+
+
+def _worth_trying(case: Case, caps: list[_Cap], epochs: int) -> bool:
+    """Whether half the threads might make more epochs fit: nobody knows yet, and there is time for it."""
+    whole, threads = case.cost(epochs_of(case.work)), case.threads or 1
+    short = any(cap.what == "joules" and not cap.holds(whole) for cap in caps)
+    if case.fewer or threads < 2 or not short:
+        return False
+    slower = case.cost(epochs)
+    slower = Cost(slower.joules, slower.seconds * threads / (threads // 2))
+    return all(cap.holds(slower) for cap in caps if cap.what == "seconds")
+
+
+def _of(threads: int, own: int) -> str:
+    return f"{threads} of {own} threads"
 
 
 def _gone(case: Case, caps: list[_Cap]) -> float | None:

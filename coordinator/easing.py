@@ -1,4 +1,4 @@
-"""Less work for a device that cannot afford all of it: fewer local epochs, a larger share of units to go."""
+"""Less work for a device that cannot afford all of it: fewer threads and local epochs, more units to go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import Field
 
 from foundation.frozen import Frozen
 from foundation.parameters import Role
-from foundation.work import ImportancePruning, LocalWork, Phase, Term, ThresholdPruning
+from foundation.work import ImportancePruning, LocalWork, Phase, Term, ThreadLimit, ThresholdPruning
 
 
 class Ease(Frozen):
@@ -16,6 +16,8 @@ class Ease(Frozen):
     """Local epochs over all phases, at most; a phase that had any keeps one."""
     gone: float | None = Field(None, ge=0, lt=1)
     """Share of the FFL units that should be gone, at least."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of arithmetic, at most; the device's own bound stays."""
     reason: str
     """In words."""
 
@@ -43,6 +45,8 @@ def eased(work: LocalWork, ease: Ease) -> LocalWork:
     phases = work.phases if ease.epochs is None else trimmed(work.phases, ease.epochs)
     moving = sum(phase.epochs for phase in phases if Role.FFL in phase.train)
     terms = tuple(_sparser(term, ease.gone, moving) for term in work.terms)
+    if ease.threads is not None:
+        terms += (ThreadLimit(most=ease.threads),)
     return work.model_copy(update={"phases": phases, "terms": terms})
 
 

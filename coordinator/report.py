@@ -61,6 +61,7 @@ def update_summary(
         "interface": update.interface,
         "interface_received_bytes": update.interface_received_bytes,
         "interface_sent_bytes": update.interface_sent_bytes,
+        "state": None if update.state is None else update.state.model_dump(mode="json", exclude_none=True),
         "up_role_bytes": {} if up is None else role_bytes(up),
         "down_role_bytes": {} if down is None else role_bytes(down),
         "problem": update.problem,

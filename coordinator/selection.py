@@ -14,7 +14,7 @@ from coordinator.live import Live
 from coordinator.planning import Course, comparable, context_of, planned
 from coordinator.roster import Roster
 from coordinator.settings import Budget, BudgetSettings
-from coordinator.spending import LOOKED_AT, rates_of, today_of
+from coordinator.spending import LOOKED_AT, history_of, today_of
 from coordinator.store.records import UpdateRecord
 from coordinator.store.sql import Store
 from coordinator.strategies.base import RoundContext, State, Strategy
@@ -121,17 +121,22 @@ class Selection:
         for card in context.present:
             if card.agent not in work:
                 continue
+            known = history_of(past.get(card.agent, ()), spec.depth * spec.hidden)
+            able = "threads" in card.terms
             verdicts[card.agent] = decide(
                 Case(
                     budget=budgets[card.agent],
                     work=work[card.agent],
                     examples=card.examples,
                     export=context.export,
-                    rates=rates_of(past.get(card.agent, ()), spec.depth * spec.hidden),
+                    rates=known.rates,
                     today=today_of(today.get(card.agent, ())),
                     tomorrow=midnight + DAY_S,
                     ffl_share=ffl_share(spec),
                     density_floor=density_floor(card.profile),
+                    threads=known.threads if able else None,
+                    own_threads=known.own if able else None,
+                    fewer=known.fewer if able else {},
                 )
             )
         return verdicts

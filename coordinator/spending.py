@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from coordinator.store.records import UpdateRecord
+from coordinator.store.records import UpdateRecord, state_of
 from coordinator.web.models import UpdateView
 from foundation.energy import RESTING, EnergyReading, Kind, Scope, Stage, split_by_kind, total
 
@@ -49,11 +49,27 @@ class Rates:
     """How its joules are known."""
     kept: float | None
     """Share of the FFL units that were there in these rounds; `None` where nobody told."""
+    scope: Scope = Scope.UNKNOWN
+    """Where the meter sat."""
 
     def of(self, steps: int, *, export: bool = False) -> Cost:
         """Return what a round with so many optimizer steps will cost."""
         whole = self.fixed.plus(self.step, steps)
         return whole.plus(self.export) if export else whole
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a device's last rounds cost it, by threads of arithmetic."""
+
+    rates: Rates | None
+    """With all its own threads, or, where that is no longer known, with the most of `fewer`."""
+    threads: int | None = None
+    """How many `rates` are of; `None` where it did not tell."""
+    own: int | None = None
+    """How many it uses of itself."""
+    fewer: Mapping[int, Rates] = field(default_factory=dict)
+    """With fewer than `threads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +128,32 @@ def rates_of(updates: Sequence[UpdateRecord], units: int) -> Rates | None:
         export=median(lambda one: one.export),
         kind=Kind.NONE if step.joules is None else kind,
         kept=statistics.median(kept) if kept else None,
+        scope=scope,
     )
+
+
+def history_of(updates: Sequence[UpdateRecord], units: int) -> History:
+    """Return the rates of a device from its last updates, newest first, apart by threads of arithmetic.
+
+    A device that does not tell its threads has one history.
+    """
+    by_threads: dict[int, list[UpdateRecord]] = {}
+    own = None
+    for record in updates:
+        state = state_of(record.summary.get("state"))
+        if state is None or state.threads is None:
+            continue
+        own = own or state.own_threads
+        by_threads.setdefault(state.threads, []).append(record)
+    known = {n: rates_of(records, units) for n, records in by_threads.items() if own and n <= own}
+    rates = {threads: found for threads, found in known.items() if found is not None}
+    if own is None or not rates:
+        return History(rates_of(updates, units))
+    most = max(rates)
+    of_all = rates.pop(most)
+    # What another meter said, or a model, cannot be compared.
+    alike = {n: r for n, r in rates.items() if (r.kind, r.scope) == (of_all.kind, of_all.scope)}
+    return History(of_all, most, own, alike)
 
 
 def today_of(updates: Iterable[UpdateRecord]) -> Today:

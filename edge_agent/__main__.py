@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_agent.agent import OFFLINE, Agent
 from edge_agent.calibration.use import calibrated, logged, place_beside
+from edge_agent.conditions import Conditions
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
 from edge_agent.enrolment import DeviceKeyring, Seals, enrolment_in, fits
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(s: AgentSettings) -> None:
     published = DeviceProfile.detect() if s.profile == "auto" else DeviceProfile.load(s.profile)
-    profile = logged(calibrated(published, s.energy.calibration, place_beside(s.vault, s.agent)))
+    chosen = partial(calibrated, published, s.energy.calibration, place_beside(s.vault, s.agent))
+    profile = logged(chosen())
     transport, seals = _transport(s)
     data_dir = s.data_dir or (Path(d) if (d := os.environ.get("HEDGEROW_DATA")) else None)
     with Meter(
@@ -98,6 +100,7 @@ async def _run(s: AgentSettings) -> None:
         rate_hz=s.energy.rate_hz,
         share=s.energy.share,
         agents_on_host=s.energy.agents_on_host,
+        renewed=lambda: logged(chosen()),
     ) as meter:
         agent = Agent(
             s,
@@ -107,6 +110,7 @@ async def _run(s: AgentSettings) -> None:
             threads=s.threads or profile.agent.threads_of(os.cpu_count() or 1),
             load_data=partial(load_data, s.data, data_dir, s.vault / "stream"),
             interface=InterfaceMeter(s.mqtt.host, s.mqtt.port),
+            conditions=Conditions(),
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
         )

@@ -25,6 +25,7 @@ import psutil
 from pydantic import ValidationError
 
 from edge_agent.answer import arrived, kept, to_send, weights_of
+from edge_agent.conditions import Conditions
 from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
 from edge_agent.last_model import save as save_last
@@ -196,6 +197,7 @@ class Agent:
         carry_out: CarryOut | None = None,
         interface: InterfaceMeter | None = None,
         limits: Limits | None = None,
+        conditions: Conditions | None = None,
         int8: Literal["auto", "on", "off"] = "off",
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
@@ -204,6 +206,7 @@ class Agent:
         device goes first. `carry_out` trains in place of the trainer's own, such as on another machine.
         `interface` counts the bytes of the way to the broker.
         `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
+        `conditions` watches heat, clock and power mode of each round; without it updates do not tell.
         `int8` says whether exported weights become 8-bit integers (export/quantise.py).
         """
         self.name = checked_name(settings.agent, "agent")
@@ -220,6 +223,7 @@ class Agent:
         self._training = training or self._owned
         self._carry_out = carry_out
         self._interface = interface
+        self._conditions = conditions
         self._int8: Literal["auto", "on", "off"] = int8
         self._seen_run: str | None = None
         self._data: LocalData | None = None
@@ -568,9 +572,12 @@ class Agent:
         flat = a.work.layout == "flat"
         spec = self._own_spec(data) if flat else a.spec
         self.standing = Standing(run=a.run, round=a.round, hidden_units=spec.hidden)
+        threads, eased = self._threads_for(a)
+        if self._conditions is not None:
+            self._conditions.begin(threads, self.threads, eased)
         with self.meter.stage(Stage.TRAIN):
             trainer = _trainer()
-            trainer.use_threads(self.threads)
+            trainer.use_threads(threads)
             personal = self.vault.personal(a.run, before=a.round)
             own = initial_parameters(spec, a.model_seed)
             own = own.updated(personal.parameters if personal else {})
@@ -609,6 +616,7 @@ class Agent:
             interface=traffic.interface if traffic else None,
             interface_received_bytes=traffic.received if traffic else None,
             interface_sent_bytes=traffic.sent if traffic else None,
+            state=self._conditions.end() if self._conditions else None,
             artifact=artifact,
             problem=problem,
             parameters=to_send(outcome.parameters, outcome.extra, sent, a.work),
@@ -617,6 +625,17 @@ class Agent:
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
         self.standing.accuracy = outcome.metrics["accuracy"]
         give_back()
+
+    def _threads_for(self, a: Assignment) -> tuple[int, str | None]:
+        """Return how many threads this work is done on, and why they are fewer than this device's own."""
+        limit, threads, eased = a.work.thread_limit(), self.threads, None
+        if limit is not None and limit.most < threads:
+            threads, eased = limit.most, "the coordinator asks for fewer"
+        threads, warm = self.limits.threads(threads)
+        if (eased := warm or eased) is not None:
+            told = {"run": a.run, "round": a.round, "threads": threads, "own": self.threads, "reason": eased}
+            logger.info("fewer threads", extra=told)
+        return threads, eased
 
     def _hooks(self, job: _Job) -> _Hooks:
         return _Hooks(self.meter, self.vault, self.standing, job.called_off, self._yielding)
@@ -742,6 +761,8 @@ class Agent:
             if quiet and time.monotonic() - last < IDLE_TELEMETRY_S:
                 continue
             last, told = time.monotonic(), stage
+            if self._conditions is not None:
+                self._conditions.look()
             telemetry = self.telemetry(process.memory_info().rss)
             await self._publish("telemetry", telemetry.model_dump_json(), qos=0)
 

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,21 +20,28 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from edge_agent.calibration import host
+from edge_agent.calibration.clock_pins import Domain, domains_of
 from edge_agent.calibration.fit import fit, model_of, sensor_of
 from edge_agent.calibration.judge import Breach, breaches
-from edge_agent.calibration.loads import NOT_MEASURED, Load, plan
+from edge_agent.calibration.loads import LOWER_CLOCKS, Load, gpu_works, plan
 from edge_agent.calibration.meters import HOW, NEEDS, CalibrationMeter, meter_of
+from edge_agent.calibration.net_load import where
 from edge_agent.calibration.session import Session, Timing
-from edge_agent.calibration.use import FOLDER, place_beside
+from edge_agent.calibration.use import FOLDER, place_beside, place_for
+from edge_agent.calibration.use import REFUSED as REFUSED_END
+from edge_agent.energy.gpu_load import GpuLoad, gpu_load
+from edge_agent.energy.link import Link
 from edge_agent.energy.sensor import EnergySensor, find_sensors
 from edge_agent.settings import AgentSettings
+from edge_agent.traffic import interface_to
 from edge_agent.vault import write_atomic
 from foundation import settings
-from foundation.calibration import Calibration, MeterFacts, Step
+from foundation.calibration import Calibration, FittedModel, MeterFacts, Step
 from foundation.energy import Kind, Scope
 from foundation.errors import HedgerowError, SensorError, SettingsError
 from foundation.mqtt import MqttSettings
 from foundation.profile import DeviceProfile
+from foundation.topics import Topics
 
 REFUSED = 3
 QUICK_IDLE_S = 60.0
@@ -49,7 +56,14 @@ Steps: idle three times; 25, 50, 75 and 100 % of the cores with matrix products;
   time; memory-bound; and training as an agent does it. Each settles (60 s) and is held (60 s, sysfs 20 s;
   longer where a plug needs 50 pulses; idle 120 s). About 25 minutes, 20 with sysfs; --quick 16 and 13.
   Training and one step of the processor are not fitted: they judge the fit.
-  Not measured: {", ".join(NOT_MEASURED)}.
+  As root, where the kernel lets the clock be set: half and all of the cores at the lowest and a middle clock
+  (8 minutes more, {", ".join(f"{share:.0%}" for share in LOWER_CLOCKS)} of its range); the clock is put back
+  however this ends. With --no-clock, or elsewhere, one figure stands for all clocks. With a GPU, a source of
+  its load and a torch that can use it: the GPU half and all of the time. With --net: half and
+  all of the time sending to the broker, and getting it back as well (user and agent name as in its ACL).
+
+Power modes (Jetson): a calibration is of the mode in which it was made, and is used in that one alone. In
+  another mode run this again: it is written beside the first one, as AGENT@MODE.toml.
 
 Stop the agent and other programs first. Ends with 0 if the calibration was written, 3 if it was refused.
 """
@@ -72,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     add("--scope", choices=[scope.value for scope in Scope], help="where the meter sits")
     add("--accuracy", type=float, metavar="X", help="relative error of the meter at k = 2, as 0.02")
     add("--quick", action="store_true", help="idle, four steps of the processor and training; idle 60 s")
+    add("--no-clock", action="store_true", help="leave the processor's clock alone")
+    add("--net", action="store_true", help="load the way to the broker of --mqtt-host or --config as well")
     add("--settle", type=float, metavar="S", help="seconds before each hold (default: what the meter needs)")
     add("--hold", type=float, metavar="S", help="seconds of each hold (default: what the meter needs)")
     add("--seed", type=int, default=0, help="of the order of the steps (default: 0)")
@@ -123,16 +139,62 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> int:
     timing = _timing(arguments, meter)
     sensor = _own_sensor(profile, arguments)
     threads = (told.threads if told else None) or profile.agent.threads_of(os.cpu_count() or 1)
-    loads = plan(arguments.seed, quick=arguments.quick)
+    rig = _rig(
+        arguments,
+        _broker(arguments, told),
+        Topics(told.federation if told else "hedgerow").of(agent, "calibrate"),
+    )
+    loads = plan(
+        *(arguments.seed,),
+        quick=arguments.quick,
+        clock=bool(rig.domains),
+        gpu=rig.gpu is not None,
+        net=rig.link is not None,
+    )
     with meter.opened():
         meter.check()
         _announce(console, profile, meter, sensor, loads)
-        steps = _measured(console, arguments, meter, sensor, timing, threads, loads)
-    made, broken = _made(arguments, agent, profile, meter, sensor, steps)
-    place = out if not made.refused else out.with_name(f"{out.stem}.refused.toml")
+        for missing in rig.missing:
+            console.print(f"[dim]not measured: {missing}[/dim]")
+        steps = _measured(console, arguments, meter, sensor, timing, threads, loads, rig)
+    made, broken = _made(arguments, agent, profile, meter, sensor, steps, rig)
+    place = place_for(out, made.device.power_mode)
+    place = place if not made.refused else place.with_name(f"{place.stem}{REFUSED_END}")
     write_atomic(place, made.toml().encode())
     _report(arguments, console, made, broken, place)
     return REFUSED if made.refused else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rig:
+    """What there is to load beside the cores, and why the rest is not measured."""
+
+    domains: tuple[Domain, ...]
+    gpu: GpuLoad | None
+    link: Link | None
+    missing: tuple[str, ...]
+
+
+def _rig(arguments: argparse.Namespace, mqtt: MqttSettings, topic: str) -> _Rig:
+    found, why = ([], "--no-clock was given") if arguments.no_clock else domains_of(arguments.root)
+    missing = [] if why is None else [f"frequency steps ({why})"]
+    gpu = gpu_load(arguments.root)
+    if gpu is None:
+        missing.append("a GPU's load (there is none, or nothing says how busy it is)")
+    elif (without := gpu_works()) is not None:
+        gpu = None
+        missing.append(f"a GPU's load ({without})")
+    link = None
+    if not arguments.net:
+        missing.append("network traffic (ask for it with --net)")
+    elif (interface := interface_to(mqtt.host, mqtt.port)) is None:
+        raise SettingsError(f"--net: there is no way to the broker {mqtt.address}: give --mqtt-host")
+    else:
+        link = Link(interface, arguments.root)
+        os.environ.update(where(mqtt, topic))  # for the children that load it
+    if link is not None and link.interface == "lo":
+        missing.append("a network interface (the broker is on this machine: what is sent stays in it)")
+    return _Rig(tuple(found), gpu, link, tuple(missing))
 
 
 def _told(config: Path | None) -> AgentSettings | None:
@@ -208,6 +270,7 @@ def _measured(
     timing: Timing,
     threads: int,
     loads: Sequence[Load],
+    rig: _Rig,
 ) -> tuple[Step, ...]:
     """Run all steps with a bar that says which one is on and how long it will be."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -222,7 +285,16 @@ def _measured(
                     console.print(f"{(len(seen) + 1) // 2}/{len(loads)} {load.name}: {what}, {seconds:.0f} s")
             _advance(progress, bar, f"{load.name}: {what}", done, seconds, len(seen), 2 * len(loads))
 
-        session = Session(meter, sensor, timing=timing, threads=threads, root=arguments.root, tell=tell)
+        session = Session(
+            *(meter, sensor),
+            timing=timing,
+            threads=threads,
+            root=arguments.root,
+            tell=tell,
+            domains=rig.domains,
+            gpu=rig.gpu,
+            link=rig.link,
+        )
         return session.run(loads)
 
 
@@ -240,11 +312,13 @@ def _made(
     meter: CalibrationMeter,
     sensor: EnergySensor | None,
     steps: tuple[Step, ...],
+    rig: _Rig,
 ) -> tuple[Calibration, list[Breach]]:
     """Fit and judge; returns the file's content and every rule that it breaks."""
     facts = MeterFacts(name=meter.name, kind=meter.kind, scope=meter.scope, accuracy=meter.accuracy)
     try:
-        model = model_of(fit(steps, meter.accuracy), steps, meter.accuracy)
+        interface = rig.link.interface if rig.link else ""
+        model = model_of(fit(steps, meter.accuracy), steps, meter.accuracy, interface)
     except SensorError as error:
         seen = "; ".join(f"{step.name} {step.utilisation:.0%} {step.watts:.2f} W" for step in steps)
         raise SensorError(f"{error} (seen: {seen})") from error
@@ -257,7 +331,7 @@ def _made(
         hedgerow=version("hedgerow"),
         seed=arguments.seed,
         quick=arguments.quick,
-        not_measured=NOT_MEASURED,
+        not_measured=rig.missing,
         forced=tuple(map(str, lets_pass)),
         refused=tuple(str(breach) for breach in broken if breach not in lets_pass),
         device=host.facts(arguments.root),
@@ -285,11 +359,14 @@ def _report(
         return
     console.print(table_of(made))
     model = made.model
+    if made.device.power_mode is not None:
+        console.print(f"in the power mode {made.device.power_mode}, and used in that one alone")
     console.print(
         f"idle {model.p_idle_w.v:.3f} ± {model.p_idle_w.u:.3f} W, full {model.p_full_w.v:.3f} ±"
         f" {model.p_full_w.u:.3f} W, exponent {model.exponent:g}; hold-out off by {model.hold_out_error:.1%};"
         f" error bars ± {model.u_rel_gross:.1%} of all joules, ± {model.u_rel_net:.1%} above idle (k = 2)"
     )
+    _tell_terms(console, model)
     if made.sensor is not None:
         console.print(
             f"meter = {made.sensor.gain.v:.3f} x {made.sensor.name} {made.sensor.offset_w.v:+.3f} W, off by"
@@ -307,19 +384,32 @@ def _report(
         )
 
 
+def _tell_terms(console: Console, model: FittedModel) -> None:
+    """Say what was fitted beside idle and load."""
+    if model.clock:
+        full = ", ".join(f"{at.full_w.v:.3f} ± {at.full_w.u:.3f} W at {at.mhz:.0f} MHz" for at in model.clock)
+        console.print(f"full by clock: {full}")
+    if model.link is not None:
+        down = "" if model.link.down is None else f", down {1000 * model.link.down.v:.2f}"
+        console.print(f"{model.link.interface}: up {1000 * model.link.up.v:.2f}{down} mW per Mbit/s on top")
+    if model.gpu_w is not None:
+        console.print(f"GPU {model.gpu_w.v:.3f} ± {model.gpu_w.u:.3f} W on top")
+
+
 def table_of(made: Calibration) -> Table:
     """Return the steps as a table, with what the model says of each."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("step")
-    for name in ("busy", "W", "±", "model", "off", "s", "°C"):
+    for name in ("busy", "MHz", "W", "±", "model", "off", "s", "°C"):
         table.add_column(name, justify="right")
     table.add_column("remarks")
     model = made.model
     for step in made.step:
-        said = model.p_idle_w.v + (model.p_full_w.v - model.p_idle_w.v) * step.utilisation**model.exponent
+        said = model.watts_of(step)
         table.add_row(
             step.name,
             f"{step.utilisation:.1%}",
+            "?" if step.mhz is None else f"{step.mhz:.0f}",
             f"{step.watts:.2f}",
             f"{step.u_w:.2f}",
             f"{said:.2f}",

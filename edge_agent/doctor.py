@@ -23,9 +23,11 @@ from rich.table import Table
 
 from edge_agent.calibration.use import Use, calibrated, place_beside
 from edge_agent.energy.board import NOW, firmware_bits
+from edge_agent.energy.clocks import governor, range_mhz
 from edge_agent.energy.files import NumberFile
 from edge_agent.energy.ina3221 import rails_of
 from edge_agent.energy.inline_ina import meters_of
+from edge_agent.energy.power_mode import power_mode
 from edge_agent.energy.rapl import FOLDER, zones_of
 from edge_agent.energy.sensor import find_sensors
 from edge_agent.settings import AgentSettings
@@ -109,6 +111,7 @@ def findings(profile: DeviceProfile, root: Path, told: AgentSettings | None) -> 
     yield from energy(use.profile, root)
     if told is not None:
         yield from calibration(use)
+    yield _speed(root)
     yield from _heat(profile, root)
     yield _clock(time.time())
     yield _memory(profile)
@@ -252,6 +255,18 @@ MISSING: dict[str, Callable[[Path], tuple[str, str]]] = {
 
 
 # --- the rest ------------------------------------------------------------------------------------
+
+
+def _speed(root: Path) -> Finding:
+    """Say at which speed the processor may run; joules and seconds are of this speed."""
+    told = power_mode(root), governor(root), range_mhz(root)
+    if told == (None, None, None):
+        return Finding("speed", "note", "nobody says: neither power mode nor clock can be read")
+    mode, how, clock = told
+    words = [] if mode is None else [f"power mode {mode}"]
+    words += [] if how is None else [f"governor {how}"]
+    words += [] if clock is None else [f"{clock[0]:.0f} to {clock[1]:.0f} MHz"]
+    return Finding("speed", "good", ", ".join(words))
 
 
 def _heat(profile: DeviceProfile, root: Path) -> Iterator[Finding]:

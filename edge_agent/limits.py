@@ -1,7 +1,7 @@
 """What the owner of a device allows: joules a day, mains only, a temperature, quiet hours.
 
 Outside its limits a device says so on its card and refuses what comes nevertheless. Work that was begun is
-finished, but for heat: well above the limit it is called off.
+finished, but for heat: well above the limit it is called off. Near that limit it is done on fewer threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from foundation.messages import Unavailable
 logger = logging.getLogger(__name__)
 
 MARGIN_C = 5.0
-"""Work in hand is called off so far above the limit; after it was too hot, work is taken so far below."""
+"""Work in hand is called off so far above the limit; after it was too hot, work is taken so far below. From
+there on, it is begun on half of the threads."""
 
 
 def local_now() -> datetime:
@@ -62,6 +63,16 @@ class Limits:
         if found is None or before is None or (found.cause, found.until) != (before.cause, before.until):
             self._now = found
         return self._now
+
+    def threads(self, usual: int) -> tuple[int, str | None]:
+        """Return how many of so many threads to work with, and why they are fewer.
+
+        Near the limit of heat it is half of them: slower and cooler work before none at all.
+        """
+        most, found = self.settings.max_temperature_c, self._hottest()
+        if most is None or found is None or found <= most - MARGIN_C or usual < 2:
+            return usual, None
+        return usual // 2, f"it is warm: {found:.1f} °C, the limit is {most:g} °C"
 
     def too_hot(self) -> str | None:
         """Return why work in hand must end, in words, or `None` while it may go on."""

@@ -11,11 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from edge_agent.calibration.use import calibrated
+from edge_agent.conditions import Conditions, in_words
 from edge_agent.energy.meter import Meter
 from edge_agent.energy.sensor import find_sensors
 from foundation.energy import EnergyReading, Stage
@@ -81,13 +83,18 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
     with ExitStack() as stack:
         meters = [stack.enter_context(Meter(profile, [sensor])) for sensor in sensors]
         rows = _rows(meters, arguments.every, arguments.seconds)
+        conditions = Conditions(root)
         try:
             if arguments.json:
                 for each in rows:
-                    sys.stdout.write(json.dumps({"profile": profile.id, "sources": each}) + "\n")
+                    state = conditions.end().model_dump(
+                        mode="json", exclude={"threads", "own_threads", "eased"}
+                    )
+                    line = {"profile": profile.id, "sources": each, "state": state}
+                    sys.stdout.write(json.dumps(line) + "\n")
                     sys.stdout.flush()
             else:
-                _show(rows, profile, console)
+                _show(rows, profile, conditions, console)
         except KeyboardInterrupt:
             pass  # the way to end it
     return 0
@@ -128,11 +135,14 @@ def _row(meter: Meter) -> dict[str, Any]:
     }
 
 
-def _show(rows: Iterator[list[dict[str, Any]]], profile: DeviceProfile, console: Console) -> None:
+def _show(
+    rows: Iterator[list[dict[str, Any]]], profile: DeviceProfile, conditions: Conditions, console: Console
+) -> None:
     console.print(f"{profile.title} [dim]({profile.id})[/dim]   error bars at k = 2   Ctrl-C ends")
     with Live(console=console, auto_refresh=False) as live:
         for each in rows:
-            live.update(table_of(each), refresh=True)
+            state = in_words(conditions.end()) or "nothing here says clock, heat or power mode"
+            live.update(Group(table_of(each), Text(state, style="dim")), refresh=True)
     console.print()
 
 

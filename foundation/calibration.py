@@ -1,14 +1,15 @@
 """A calibration: one device's own power model, fitted against a meter, as a file that says how it came to be.
 
 `hedgerow agent calibrate` writes it; `DeviceProfile.calibrated` puts its model in place of the published one.
-It holds for the device, the profile, the firmware and the peripherals it was made with, and for 180 days.
+It holds for the device, the profile, the firmware, the peripherals and the power mode it was made with, and
+for 180 days. A device with several power modes has several, each a file of its own.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,7 @@ MOST_BYTES = 1 << 20
 
 Text = Annotated[str, Field(max_length=500)]
 Positive = Annotated[float, Field(ge=0)]
-Block = Literal["idle", "cores", "duty", "memory", "training"]
+Block = Literal["idle", "cores", "duty", "memory", "clock", "gpu", "network", "training"]
 """A kind of load."""
 MeterKind = Literal["plug", "sysfs", "csv", "manual"]
 
@@ -59,6 +60,15 @@ class Step(Frozen):
     """Error bar of the watts at k = 2 without the meter's own error: resolution and scatter."""
     how: Literal["counter", "mean", "read"]
     samples: int = Field(ge=1)
+    mhz: float | None = Field(None, gt=0)
+    """Mean clock of the processor while it was busy; `None` where it does not say."""
+    most_mhz: float | None = Field(None, gt=0)
+    """What the clock was held down to, where it was."""
+    gpu: float | None = Field(None, ge=0, le=1)
+    """Busy share of the GPU; `None` where nobody says."""
+    up_mbit_s: Positive | None = None
+    down_mbit_s: Positive | None = None
+    """Through the interface towards the broker, all programs together; `None` where nobody says."""
     sensor_w: Positive | None = None
     """What the device's own sensor said."""
     temperature_c: float | None = None
@@ -74,7 +84,12 @@ class DeviceFacts(Frozen):
     cores: int = Field(ge=1)
     kernel: Text = ""
     firmware: Text | None = None
+    power_mode: Text | None = None
+    """A Jetson's, by name."""
     governor: Text | None = None
+    least_mhz: Positive | None = None
+    most_mhz: Positive | None = None
+    """The range that the clock was allowed."""
     peripherals_sha256: Text = ""
     """Of the sorted ids of all USB devices."""
 
@@ -96,16 +111,39 @@ class ProfileFacts(Frozen):
     sha256: Text
 
 
+class AtClock(Frozen):
+    """What all cores busy draw at one clock."""
+
+    mhz: float = Field(gt=0)
+    full_w: Figure
+
+
+class FittedLink(Frozen):
+    """What traffic through one interface draws beyond the processor's work."""
+
+    interface: Text
+    up: Figure
+    """W per Mbit/s."""
+    down: Figure | None = None
+    """The same; `None` where each byte goes both ways, as over loopback, and `up` is of both."""
+
+
 class FittedModel(Frozen):
-    """p_idle + (p_full - p_idle) * u ** exponent, and how well it holds."""
+    """p_idle + (p_full(f) - p_idle) * u ** exponent + gpu * u_gpu + link * Mbit/s, and how well it holds."""
 
     p_idle_w: Figure
     p_full_w: Figure
     memory_w: Figure | None = None
     """What memory-bound load draws on top; the model cannot see such load, so it is in the error bars."""
+    clock: tuple[AtClock, ...] = Field((), max_length=20)
+    """p_full by clock, rising, linear between; without it one for all clocks. The last one is `p_full_w`."""
+    gpu_w: Figure | None = None
+    """What a busy GPU draws on top."""
+    link: FittedLink | None = None
     exponent: float = Field(1.0, ge=0.3, le=1.5)
     covariance: tuple[tuple[float, ...], ...]
-    """W², of p_idle, p_full and, where it is there, memory; without the meter's own error."""
+    """W², of p_idle, p_full and, where they are there, memory, p_full at the lower clocks, GPU and link;
+    without the meter's own error."""
     rmse_w: Positive
     """Of all steps."""
     hold_out_error: Positive
@@ -117,10 +155,29 @@ class FittedModel(Frozen):
     def _sound(self) -> FittedModel:
         if not 0 <= self.p_idle_w.v <= self.p_full_w.v:
             raise ValueError("p_full_w is below p_idle_w, or p_idle_w below 0")
-        size = 2 if self.memory_w is None else 3
+        clocks = [at.mhz for at in self.clock]
+        if clocks != sorted(set(clocks)) or any(at.full_w.v < self.p_idle_w.v for at in self.clock):
+            raise ValueError("clock must rise, and each full_w be at least p_idle_w")
+        if self.clock and self.clock[-1].full_w != self.p_full_w:
+            raise ValueError("the full_w of the highest clock must be p_full_w")
+        more = [self.memory_w, self.gpu_w, self.link, self.link.down if self.link else None]
+        size = 2 + sum(figure is not None for figure in more) + max(0, len(self.clock) - 1)
         if len(self.covariance) != size or any(len(row) != size for row in self.covariance):
             raise ValueError(f"covariance must be {size} x {size}")
         return self
+
+    def watts_of(self, step: Step) -> float:
+        """Return watts at the processor's and GPU's load, the clock and the traffic of a step."""
+        up, down = step.up_mbit_s or 0.0, step.down_mbit_s or 0.0
+        link = self.link.up.v * up if self.link else 0.0
+        link += self.link.down.v * down if self.link and self.link.down else 0.0
+        return self.watts(step.utilisation, step.mhz, step.gpu) + link
+
+    def watts(self, utilisation: float, mhz: float | None = None, gpu: float | None = None) -> float:
+        """Return watts at busy shares of processor and GPU, and a clock (default: the highest)."""
+        full = full_at([(at.mhz, at.full_w.v) for at in self.clock], mhz, self.p_full_w.v)
+        above = (full - self.p_idle_w.v) * float(utilisation**self.exponent)
+        return self.p_idle_w.v + above + (self.gpu_w.v * (gpu or 0.0) if self.gpu_w else 0.0)
 
 
 class FittedSensor(Frozen):
@@ -170,6 +227,7 @@ class Calibration(Frozen):
         reasons: Mapping[str, bool] = {
             f"was refused ({'; '.join(self.refused)})": bool(self.refused),
             "was made on another device": _differ(mine.serial_sha256, device.serial_sha256),
+            f"was made in {_mode(mine)}, now it is in {_mode(device)}": not self.of_mode(device),
             f"was made for {mine.cores} cores, there are {device.cores}": mine.cores != device.cores,
             f"is {(now - self.made).days} days old, {LIFE.days} are the most": now - self.made > LIFE,
             "was made in the future: one of the clocks is wrong": self.made - now > SLACK,
@@ -182,6 +240,10 @@ class Calibration(Frozen):
             ),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def of_mode(self, device: DeviceFacts) -> bool:
+        """Whether it was made in the power mode that a device is in; a mode that nobody knows is its own."""
+        return self.device.power_mode == device.power_mode
 
     def toml(self) -> str:
         """Return the file's text."""
@@ -206,6 +268,27 @@ def read_calibration(path: Path) -> Calibration:
         raise SettingsError(f"the calibration {path} is wrong: {problems}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are the first
         raise SettingsError(f"the calibration {path} is not TOML: {error}") from error
+
+
+def full_at(points: Sequence[tuple[float, float]], mhz: float | None, otherwise: float) -> float:
+    """Return watts at a clock, between points of (MHz, W) that rise in MHz; at their ends what stands there.
+
+    Without points or clock it is `otherwise`.
+    """
+    if mhz is None or not points:
+        return otherwise
+    below = [point for point in points if point[0] <= mhz]
+    above = [point for point in points if point[0] > mhz]
+    if not below or not above:
+        return (below[-1] if below else above[0])[1]
+    (f0, w0), (f1, w1) = below[-1], above[0]
+    return w0 + (w1 - w0) * (mhz - f0) / (f1 - f0)
+
+
+def _mode(device: DeviceFacts) -> str:
+    return (
+        "no power mode that is known" if device.power_mode is None else f"the power mode {device.power_mode}"
+    )
 
 
 def _differ(mine: str | None, other: str | None) -> bool:

@@ -112,6 +112,29 @@ class Assignment(Frozen):
     masks: Masks = Field(default_factory=dict, exclude=True)
 
 
+class DeviceState(Frozen):
+    """Under what conditions a device did a round, as its own files tell; `None` where they do not."""
+
+    power_mode: str | None = Field(None, max_length=100)
+    """A Jetson's, by name, at the end."""
+    governor: str | None = Field(None, max_length=100)
+    least_mhz: float | None = Field(None, ge=0)
+    most_mhz: float | None = Field(None, ge=0)
+    """The range that the clock was allowed at the end."""
+    start_c: float | None = None
+    end_c: float | None = None
+    most_c: float | None = None
+    """Of the hottest thermal zone, at start and end, and the most that was seen twice a second between."""
+    throttle_events: int | None = Field(None, ge=0)
+    """How often the processor was slowed, or the supply too weak; on a Raspberry Pi at least so often."""
+    threads: int | None = Field(None, ge=1)
+    """Of arithmetic."""
+    own_threads: int | None = Field(None, ge=1)
+    """How many the device uses where nobody asks for fewer and it is not too warm."""
+    eased: str | None = Field(None, max_length=300)
+    """Why these are fewer than the device's own, in words."""
+
+
 class Update(Frozen):
     """What comes back. A frame."""
 
@@ -135,6 +158,8 @@ class Update(Frozen):
     interface_received_bytes: int | None = Field(None, ge=0)
     interface_sent_bytes: int | None = Field(None, ge=0)
     """Since the update before this one, headers and repeats included; `None` when nobody knows."""
+    state: DeviceState | None = None
+    """`None` where nobody looked, as with a simulated device."""
     artifact: Manifest | None = None
     problem: str | None = Field(None, max_length=2000)
     """What went wrong beside the training, such as an export that could not be proven."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from foundation.calibration import Calibration, ProfileFacts
+from foundation.calibration import Calibration, FittedLink, ProfileFacts, full_at
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
@@ -71,6 +71,16 @@ class PowerModel(Frozen):
     """Error bar of all joules, relative, k = 2."""
     u_rel_net: Number
     """Error bar of the joules above idle, relative, k = 2."""
+    full_w_by_mhz: tuple[tuple[float, float], ...] = ()
+    """(MHz, W) of all cores busy by clock, from a calibration; else one figure for all clocks."""
+    gpu_full_w: float | None = Field(None, ge=0)
+    """What a busy GPU draws on top, from a calibration; `None`: the model does not see the GPU."""
+    link: tuple[str, float, float] | None = None
+    """Interface, and W per Mbit/s up and down that its traffic draws on top, from a calibration."""
+    governor: str | None = None
+    """Of a calibration: with another one idle and load differ."""
+    flags: tuple[str, ...] = ()
+    """What a reading by this model says of it."""
 
     @field_validator("p_idle_w", "p_cpu_full_w", "u_rel_gross", "u_rel_net")
     @classmethod
@@ -98,10 +108,15 @@ class PowerModel(Frozen):
         """Watts when all cores are busy."""
         return _single(self.p_cpu_full_w)
 
-    def watts(self, utilisation: float) -> float:
-        """Return watts at a busy share of all cores; shares outside 0..1 are taken as 0 or 1."""
+    def watts(self, utilisation: float, mhz: float | None = None, gpu: float | None = None) -> float:
+        """Return watts at busy shares of all cores and of the GPU, and a clock (default: the highest).
+
+        Shares outside 0..1 are taken as 0 or 1.
+        """
         u = min(1.0, max(0.0, utilisation))
-        return self.idle_w + (self.full_w - self.idle_w) * float(u**self.exponent)
+        full = full_at(self.full_w_by_mhz, mhz, self.full_w)
+        above = (full - self.idle_w) * float(u**self.exponent)
+        return self.idle_w + above + (self.gpu_full_w or 0.0) * min(1.0, max(0.0, gpu or 0.0))
 
     @property
     def relative_gross(self) -> float:
@@ -233,10 +248,21 @@ class DeviceProfile(Frozen):
             exponent=fitted.exponent,
             u_rel_gross=Number(v=fitted.u_rel_gross, kind="derived", src=source.id),
             u_rel_net=Number(v=fitted.u_rel_net, kind="derived", src=source.id),
+            full_w_by_mhz=tuple((at.mhz, at.full_w.v) for at in fitted.clock),
+            gpu_full_w=fitted.gpu_w.v if fitted.gpu_w else None,
+            link=_link(fitted.link),
+            governor=calibration.device.governor,
+            flags=("calibrated",),
         )
         listed = any(entry.name == MODEL_SENSOR for entry in self.sensor)
         sensors = self.sensor if listed else (*self.sensor, SensorEntry(name=MODEL_SENSOR))
         return self.model_copy(update={"model": model, "sensor": sensors, "source": (*self.source, source)})
+
+    def flagged(self, *flags: str) -> DeviceProfile:
+        """Return this profile with flags on what its power model says; without a model, itself."""
+        if self.model is None:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"flags": flags})})
 
     @classmethod
     def load(cls, which: str | Path) -> DeviceProfile:
@@ -296,6 +322,10 @@ def _parse(data: bytes, file: str) -> DeviceProfile:
             f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
         )
         raise SettingsError(f"the device profile {file} is wrong: {problems}") from error
+
+
+def _link(fitted: FittedLink | None) -> tuple[str, float, float] | None:
+    return None if fitted is None else (fitted.interface, fitted.up.v, fitted.down.v if fitted.down else 0.0)
 
 
 def _single(number: Number) -> float:

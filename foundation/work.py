@@ -129,12 +129,30 @@ class Blend(Frozen):
     """Validation samples that are asked each round, at most."""
 
 
+class ThreadLimit(Frozen):
+    """Use at most so many threads of arithmetic; a device whose own bound is lower keeps to that.
+
+    The same seed and number of threads give the same bits; another number may round otherwise.
+    """
+
+    term: Literal["threads"] = "threads"
+    most: int = Field(1, ge=1, le=4096)
+
+
 Term: TypeAlias = Annotated[
-    Proximal | ThresholdPruning | ImportancePruning | Distillation | EmbeddingFit | Blend,
+    Proximal | ThresholdPruning | ImportancePruning | Distillation | EmbeddingFit | Blend | ThreadLimit,
     Field(discriminator="term"),
 ]
 TERMS: frozenset[str] = frozenset(
-    {"proximal", "threshold_pruning", "importance_pruning", "distillation", "embedding_fit", "blend"}
+    {
+        "proximal",
+        "threshold_pruning",
+        "importance_pruning",
+        "distillation",
+        "embedding_fit",
+        "blend",
+        "threads",
+    }
 )
 ABILITIES: frozenset[str] = TERMS | {"flat_layout", "own_names", "initial_model"}
 """What an agent of this version can be asked for, by the names that its card tells."""
@@ -200,6 +218,10 @@ class LocalWork(Frozen):
     def blend(self) -> Blend | None:
         """Return the blend, if there is one."""
         return self._term(Blend)
+
+    def thread_limit(self) -> ThreadLimit | None:
+        """Return the most threads that are asked for, if that is bounded."""
+        return self._term(ThreadLimit)
 
     def _term(self, kind: type[T]) -> T | None:
         return next((term for term in self.terms if isinstance(term, kind)), None)

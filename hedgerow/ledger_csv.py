@@ -10,6 +10,7 @@ from typing import Any
 from coordinator.ledger.entries import Entry, Turn, grouped
 from coordinator.ledger.report import EnergyReport
 from coordinator.ledger.sums import is_known
+from foundation.messages import DeviceState
 
 READING = (
     "joules",
@@ -34,7 +35,9 @@ ONCE = (
     "steps",
 )
 """Of a device's whole round: in its first row only, so that a column can be added up."""
-COLUMNS = ("run", "round", "device", "profile", "stage", *READING, "flags", *ONCE, "kept_units")
+STATE = tuple(DeviceState.model_fields)
+"""The device's conditions in that round: in its first row as well."""
+COLUMNS = ("run", "round", "device", "profile", "stage", *READING, "flags", *ONCE, *STATE, "kept_units")
 
 
 def csv_text(report: EnergyReport) -> str:
@@ -72,4 +75,6 @@ def _reading(entry: Entry) -> dict[str, Any]:
 
 
 def _once(turn: Turn) -> dict[str, Any]:
-    return {name: getattr(turn, name) for name in ONCE} | {"kept_units": "+".join(map(str, turn.kept_units))}
+    state = {name: None if turn.state is None else getattr(turn.state, name) for name in STATE}
+    kept = {"kept_units": "+".join(map(str, turn.kept_units))}
+    return {name: getattr(turn, name) for name in ONCE} | state | kept

@@ -79,12 +79,7 @@ def grids(report: EnergyReport) -> Iterator[Grid]:
         ("kind", "scope", "joules ± (k=2)", "of it idle", "agents’ own", "seconds", "readings"),
         list(_totals(report.total)),
     )
-    yield Grid(
-        "devices",
-        ("device", "kind", "scope", "sensor", "joules ± (k=2)", "seconds", "seen"),
-        [row for device in report.devices for row in _device(device)],
-        _flags(report.devices),
-    )
+    yield _devices(report.devices)
     yield _bytes(report)
     yield Grid(
         "stages",
@@ -146,6 +141,36 @@ def _energy(split: Split) -> Iterator[Row]:
         yield part.kind, part.scope, _joules(part), number(part.seconds)
     if split.unknown.readings:
         yield "unknown", DASH, DASH, number(split.unknown.seconds)
+
+
+def _devices(devices: Sequence[DeviceLedger]) -> Grid:
+    """Return the devices, with how hot they were where any of them told."""
+    columns: Row = ("device", "kind", "scope", "sensor", "joules ± (k=2)", "seconds", "seen")
+    warm = any(device.conditions.most_c is not None for device in devices)
+    rows = []
+    for device in devices:
+        most_c = device.conditions.most_c
+        for row in _device(device):
+            rows.append((*row, DASH if most_c is None else f"{most_c:.0f}") if warm else row)
+    notes = (*_flags(devices), *_states(devices))
+    return Grid("devices", (*columns, "most °C") if warm else columns, rows, notes)
+
+
+def _states(devices: Sequence[DeviceLedger]) -> Iterator[str]:
+    """Say which power modes there were, and who was throttled."""
+    modes = [
+        f"{d.agent} {' and '.join(d.conditions.power_modes)}" for d in devices if d.conditions.power_modes
+    ]
+    if modes:
+        yield f"power modes: {_some(modes)}"
+    slowed = [f"{d.agent} {n} times" for d in devices if (n := d.conditions.throttle_events)]
+    if slowed:
+        yield f"throttled: {_some(slowed)}; their seconds and joules are those of a slowed processor"
+
+
+def _some(words: Sequence[str]) -> str:
+    rest = len(words) - SHOWN
+    return ", ".join(words[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _device(device: DeviceLedger) -> Iterator[Row]:

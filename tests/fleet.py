@@ -16,6 +16,7 @@ from coordinator.settings import BudgetSettings, CoordinatorSettings, HttpSettin
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
 from edge_agent.agent import OFFLINE, Agent
+from edge_agent.conditions import Conditions
 from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
@@ -67,6 +68,9 @@ class Fleet:
     """Agents whose joules are known; of the others nobody knows them."""
     limits: dict[str, Callable[[Meter, Path], Limits]] = field(default_factory=dict)
     """What makes the limits of an agent, of its meter and its vault."""
+    conditions: Path | None = None
+    """Root of the files that say under what conditions all agents work; nothing is told without."""
+    threads: int = 1
     serve: dict[str, ServeSettings] = field(default_factory=dict)
     """Agents that answer requests, and how."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -109,11 +113,12 @@ class Fleet:
                 transport=self.dial(name, will),
                 meter=meter,
                 profile="unknown-linux",
-                threads=1,
+                threads=self.threads,
                 load_data=lambda: self.load(seed),
                 retry_s=0.05,
                 carry_out=metered.carry_out if metered else None,
                 limits=limits(meter, settings.vault) if limits else None,
+                conditions=Conditions(self.conditions) if self.conditions else None,
             )
             await self.agents[name].run()
 

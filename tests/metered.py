@@ -46,7 +46,9 @@ class Steady(PowerSensor):
 class Metered:
     """A meter on such a clock, and the training that moves it."""
 
-    def __init__(self, *, known: bool = True) -> None:
+    def __init__(self, *, known: bool = True, one_thread_s: float = STEP_S) -> None:
+        """Let a step take `one_thread_s` where the work allows one thread alone."""
+        self._one_thread_s = one_thread_s
         self.clock = Ticks()
         sensors = [Steady()] if known else []
         profile = DeviceProfile.load("unknown-linux")
@@ -56,5 +58,7 @@ class Metered:
         """Train as always, and let the clock go on by the steps that it took."""
         outcome = carry_out(task, hooks)
         with hooks.stage(Stage.TRAIN):
-            self.clock.now_s += STEP_S * outcome.metrics["steps"]
+            limit = task.work.thread_limit()
+            alone = limit is not None and limit.most == 1
+            self.clock.now_s += (self._one_thread_s if alone else STEP_S) * outcome.metrics["steps"]
         return outcome

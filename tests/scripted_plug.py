@@ -26,14 +26,16 @@ LIE_W = 99_999
 class Device:
     """The device behind the plug."""
 
-    def __init__(self, idle_w: float, full_w: float, seed: int) -> None:
+    def __init__(self, idle_w: float, full_w: float, seed: int, busy: Path | None = None) -> None:
+        """Follow the machine, or the CPU seconds that stand in a file."""
+        self._busy = _busy_s if busy is None else lambda: float(busy.read_text())
         self.idle_w, self.full_w = idle_w, full_w
         self.watts, self.joules = idle_w, 1e6
         self._rng = random.Random(seed)
-        self._time_s, self._busy_s = time.monotonic(), _busy_s()
+        self._time_s, self._busy_s = time.monotonic(), self._busy()
 
     def step(self) -> None:
-        now_s, busy_s = time.monotonic(), _busy_s()
+        now_s, busy_s = time.monotonic(), self._busy()
         seconds = now_s - self._time_s
         share = (busy_s - self._busy_s) / (CORES * seconds)
         self.watts = (self.idle_w + (self.full_w - self.idle_w) * share) * self._rng.gauss(1, 0.01)
@@ -92,5 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("--idle", type=float, required=True)
     parser.add_argument("--full", type=float, required=True)
     parser.add_argument("--heard", type=Path, required=True)
+    parser.add_argument("--busy", type=Path)
     told = parser.parse_args()
-    asyncio.run(run(told.kind, told.name, told.port, Device(told.idle, told.full, 0), told.heard))
+    asyncio.run(run(told.kind, told.name, told.port, Device(told.idle, told.full, 0, told.busy), told.heard))

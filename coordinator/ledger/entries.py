@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from coordinator.store.records import RoundRecord, RunRecord
+from coordinator.store.records import RoundRecord, RunRecord, state_of
 from coordinator.store.sql import Store
 from foundation.energy import EnergyReading, Stage
 from foundation.frozen import Frozen
-from foundation.messages import AgentCard, Json
+from foundation.messages import AgentCard, DeviceState, Json
 from foundation.spec import ModelSpec
 
 T = TypeVar("T")
@@ -54,6 +54,8 @@ class Turn(Frozen):
     interface_received_bytes: int | None = None
     """All that the network interface saw in that time, other programs' included."""
     interface_sent_bytes: int | None = None
+    state: DeviceState | None = None
+    """Power mode, clock, heat, throttling and threads of the device in that round."""
     radiated_j: float | None = None
     """Radiated RF energy of sending the update, modelled, not battery energy: in no sum of joules."""
 
@@ -188,6 +190,7 @@ def _turn(agent: str, number: int, told: Json) -> Turn:
         up_bytes=_whole(told.get("wire_bytes")),
         interface_received_bytes=_whole(told.get("interface_received_bytes")),
         interface_sent_bytes=_whole(told.get("interface_sent_bytes")),
+        state=state_of(told.get("state")),
     )
 
 

@@ -26,6 +26,20 @@ class Bytes(Frozen):
     interface_sent: int | None
 
 
+class Conditions(Frozen):
+    """Under what conditions a device's rounds were done, as far as it tells; each round's are in `turns`."""
+
+    power_modes: tuple[str, ...] = ()
+    """In the order in which they came."""
+    governors: tuple[str, ...] = ()
+    threads: tuple[int, ...] = ()
+    """Threads of arithmetic, from few to many."""
+    most_c: float | None = None
+    """The hottest that any thermal zone was seen."""
+    throttle_events: int | None = None
+    """Over the rounds of which it is known."""
+
+
 class DeviceLedger(Frozen):
     """One device over the run."""
 
@@ -39,6 +53,7 @@ class DeviceLedger(Frozen):
     coverage: float | None
     """Share of the seconds with known joules that a sensor saw; `None` without any."""
     bytes: Bytes
+    conditions: Conditions
     radiated_j: float | None
 
 
@@ -159,7 +174,20 @@ def _device(
         seconds=energy.seconds,
         coverage=seen / time if time > 0 else None,
         bytes=_bytes(turns),
+        conditions=_conditions(turns),
         radiated_j=_floats(turn.radiated_j for turn in turns),
+    )
+
+
+def _conditions(turns: Sequence[Turn]) -> Conditions:
+    states = [turn.state for turn in turns if turn.state is not None]
+    events = [state.throttle_events for state in states if state.throttle_events is not None]
+    return Conditions(
+        power_modes=tuple(dict.fromkeys(s.power_mode for s in states if s.power_mode is not None)),
+        governors=tuple(dict.fromkeys(s.governor for s in states if s.governor is not None)),
+        threads=tuple(sorted({s.threads for s in states if s.threads is not None})),
+        most_c=max((s.most_c for s in states if s.most_c is not None), default=None),
+        throttle_events=sum(events) if events else None,
     )
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias, get_args
 
+from pydantic import ValidationError
+
 from foundation.errors import StoreError
-from foundation.messages import AgentCard, Json
+from foundation.messages import AgentCard, DeviceState, Json
 
 RunState: TypeAlias = Literal["waiting", "running", "paused", "finished", "failed", "stopped"]
 RUN_STATES: tuple[str, ...] = get_args(RunState)
@@ -122,6 +124,14 @@ class NewEvent:
     agent: str | None = None
     data: Json = field(default_factory=dict)
     when: datetime | None = None
+
+
+def state_of(told: object) -> DeviceState | None:
+    """Return what a stored update tells of its device's conditions; `None` for anything else."""
+    try:
+        return None if told is None else DeviceState.model_validate(told)
+    except (ValidationError, OverflowError):
+        return None
 
 
 def dumps(value: Mapping[str, object]) -> str:

@@ -21,12 +21,13 @@ from coordinator.store.records import (
     RunState,
     UpdateRecord,
     loads,
+    state_of,
 )
 from foundation.artifact import Manifest
 from foundation.energy import EnergyReading, Kind, split_by_kind, total
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
-from foundation.messages import AgentCard, Json
+from foundation.messages import AgentCard, DeviceState, Json
 from foundation.spec import ModelSettings
 from foundation.topics import checked_name
 from foundation.work import Encoding
@@ -248,6 +249,8 @@ class UpdateView(BaseModel):
     received_bytes: int | None = None
     wire_bytes: int | None = None
     """Of the frame as it travelled up."""
+    state: DeviceState | None = None
+    """Power mode, clock, heat, throttling and threads of the device in this round, as far as it told."""
     artifact: str | None = None
     """SHA-256 of the model that the agent exported with this update."""
     problem: str | None = None
@@ -272,6 +275,7 @@ class UpdateView(BaseModel):
             ledger=ledger,
             received_bytes=_whole(told.get("received_bytes")),
             wire_bytes=_whole(told.get("wire_bytes")),
+            state=state_of(told.get("state")),
             artifact=_words(told.get("artifact")),
             problem=_words(told.get("problem")),
         )

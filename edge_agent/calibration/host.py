@@ -1,4 +1,4 @@
-"""What a calibration depends on, read from the system: serial, firmware, USB devices, heat, throttling."""
+"""What a calibration depends on, read from the system: serial, firmware, USB devices, power mode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import psutil
 
 from edge_agent.energy.board import EVER, NOW
+from edge_agent.energy.clocks import governor, range_mhz
 from edge_agent.energy.files import text_of
+from edge_agent.energy.power_mode import power_mode
 from foundation.calibration import DeviceFacts
 
 SERIALS = ("proc/device-tree/serial-number", "etc/machine-id")
@@ -18,13 +20,16 @@ FIRMWARE = ("proc/device-tree/chosen/bootloader/version", "sys/class/dmi/id/bios
 
 def facts(root: Path = Path("/")) -> DeviceFacts:
     """Return what identifies this device; what cannot be read stays unknown."""
-    serial = _first(root, SERIALS)
+    serial, clock = _first(root, SERIALS), range_mhz(root)
     return DeviceFacts(
         serial_sha256=_hash(f"hedgerow {serial}") if serial else None,
         cores=psutil.cpu_count() or 1,
         kernel=(text_of(root / "proc/sys/kernel/osrelease") or "")[:500],
         firmware=_first(root, FIRMWARE),
-        governor=_first(root, ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)),
+        power_mode=power_mode(root),
+        governor=governor(root),
+        least_mhz=clock[0] if clock else None,
+        most_mhz=clock[1] if clock else None,
         peripherals_sha256=_hash("\n".join(usb_ids(root))),
     )
 

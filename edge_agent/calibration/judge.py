@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from edge_agent.calibration.meters import NEEDS
 from foundation.calibration import FittedModel, MeterFacts, Step
@@ -43,6 +44,7 @@ def breaches(
         *_heat(steps),
         *_idle(steps, model),
         *_monotonic(steps),
+        *_clock(model),
         *_hold_out(model, meter),
         *_short(steps),
         *_busy_idle(steps),
@@ -77,8 +79,8 @@ def _heat(steps: Sequence[Step]) -> Iterator[Breach]:
 
 def _idle(steps: Sequence[Step], model: FittedModel) -> Iterator[Breach]:
     """Compare the idle holds, each less what its measured utilisation accounts for."""
-    slope = model.p_full_w.v - model.p_idle_w.v
-    idle = [s.watts - slope * s.utilisation**model.exponent for s in steps if s.block == "idle"]
+    zero = model.p_idle_w.v
+    idle = [s.watts - (model.watts_of(s) - zero) for s in steps if s.block == "idle"]
     mean = sum(idle) / len(idle) if idle else 0.0
     if len(idle) < 2 or mean <= 0:
         yield Breach("idle", "there are no two idle holds with a power to compare", "run all steps")
@@ -93,8 +95,10 @@ def _idle(steps: Sequence[Step], model: FittedModel) -> Iterator[Breach]:
 
 
 def _monotonic(steps: Sequence[Step]) -> Iterator[Breach]:
-    for block in ("cores", "duty"):
-        loads = sorted((s for s in steps if s.block in ("idle", block)), key=lambda step: step.utilisation)
+    curves = [step for step in steps if step.block in ("cores", "duty", "clock")]
+    for _, group in groupby(sorted(curves, key=_curve), key=_curve):
+        alike = [*group, *(step for step in steps if step.block == "idle")]
+        loads = sorted(alike, key=lambda step: step.utilisation)
         highest = loads[0] if loads else None
         for step in loads:
             assert highest is not None
@@ -109,6 +113,21 @@ def _monotonic(steps: Sequence[Step]) -> Iterator[Breach]:
                 )
                 break
             highest = max(highest, step, key=lambda one: one.watts)
+
+
+def _curve(step: Step) -> tuple[str, float]:
+    """Return which steps make one curve of watts over load: those of a kind, at one clock."""
+    return step.block, step.most_mhz or 0.0
+
+
+def _clock(model: FittedModel) -> Iterator[Breach]:
+    for low, high in pairwise(model.clock):
+        if low.full_w.v > (1 + DIP) * high.full_w.v:
+            yield Breach(
+                "clock",
+                f"{low.full_w.v:.2f} W at {low.mhz:.0f} MHz, but {high.full_w.v:.2f} W at {high.mhz:.0f} MHz",
+                "the clock is not what the kernel shows, or something else draws on this meter",
+            )
 
 
 def _hold_out(model: FittedModel, meter: MeterFacts) -> Iterator[Breach]:

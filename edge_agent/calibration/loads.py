@@ -28,12 +28,9 @@ READY_S = 180.0
 """torch takes half a minute to load on the slowest boards."""
 MOST_MIB = 64
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-NOT_MEASURED = (
-    "frequency steps (the clock runs as the governor lets it)",
-    "a GPU's load",
-    "network traffic",
-)
-"""What this calibration says nothing about."""
+GPU_PROGRAM = (sys.executable, "-m", "edge_agent.training.gpu_load")
+LOWER_CLOCKS = (0.0, 0.5)
+"""Shares of the clock's range at which the processor is loaded as well, where it can be held there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,10 @@ class Load:
     busy: float = 0.0
     """Share of all cores that is meant to be busy; what was busy is measured."""
     hold_out: bool = False
+    clock: float = 1.0
+    """Share of its range that the processor's clock is held down to; 1 leaves it alone."""
+    way: str = ""
+    """Of traffic: `up`, or `both` where it comes back."""
 
 
 IDLE = Load("idle", "idle")
@@ -52,12 +53,32 @@ CORES = tuple(
     Load(f"cores-{percent}", "cores", percent / 100, hold_out=percent == 75) for percent in (25, 50, 75, 100)
 )
 MORE = (Load("duty-50", "duty", 0.5), Load("duty-100", "duty", 1.0), Load("memory-100", "memory", 1.0))
+CLOCK = tuple(
+    Load(f"clock-{share:.0%}-cores-{busy:.0%}".replace("%", ""), "clock", busy, clock=share)
+    for share in LOWER_CLOCKS
+    for busy in (0.5, 1.0)
+)
+GPU = tuple(Load(f"gpu-{percent}", "gpu", percent / 100) for percent in (50, 100))
+NETWORK = tuple(
+    Load(f"net-{way}-{percent}", "network", percent / 100, way=way)
+    for way in ("up", "both")
+    for percent in (50, 100)
+)
 TRAINING = Load("training", "training", 1.0, hold_out=True)
 
 
-def plan(seed: int, *, quick: bool = False) -> tuple[Load, ...]:
-    """Return the loads in an order drawn from a seed, with idle first, in the middle and last."""
+def plan(
+    seed: int, *, quick: bool = False, clock: bool = False, gpu: bool = False, net: bool = False
+) -> tuple[Load, ...]:
+    """Return the loads in an order drawn from a seed, with idle first, in the middle and last.
+
+    `clock` says that the processor's clock can be held down, `gpu` that there is a GPU to load, `net`
+    that there is a broker to send to.
+    """
     loads = [*CORES, TRAINING] if quick else [*CORES, *MORE, TRAINING]
+    loads += CLOCK if clock else ()
+    loads += GPU if gpu else ()
+    loads += NETWORK if net else ()
     random.Random(seed).shuffle(loads)
     middle = len(loads) // 2
     return (IDLE, *loads[:middle], IDLE, *loads[middle:], IDLE)
@@ -77,7 +98,12 @@ def commands(load: Load, cores: Sequence[int], threads: int) -> list[list[str]]:
             free = psutil.virtual_memory().available >> 20
             mib = max(2, min(MOST_MIB, free // (4 * len(cores))))
             return [[*kernel, "memory", "--core", str(core), "--mib", str(mib)] for core in cores]
-        case "cores":
+        case "gpu":
+            return [[*GPU_PROGRAM, "--duty", f"{load.busy:g}"]]
+        case "network":
+            program = [sys.executable, "-m", "edge_agent.calibration.net_load", load.way]
+            return [[*program, "--duty", f"{load.busy:g}"]]
+        case "cores" | "clock":
             duties = duties_of(load.busy, len(cores))
     return [
         [*kernel, "matmul", "--core", str(core), "--duty", f"{duty:g}"]
@@ -89,6 +115,17 @@ def duties_of(busy: float, cores: int) -> list[float]:
     """Return what each used core does: whole cores, and one for the part of a core that is left."""
     whole, part = divmod(busy * cores, 1.0)
     return [1.0] * math.floor(whole) + ([part] if part > 0.01 else [])
+
+
+def gpu_works() -> str | None:
+    """Return why this machine's torch cannot load its GPU; `None` where it can. Asks a process of its own."""
+    try:
+        done = subprocess.run(
+            [*GPU_PROGRAM, "--check"], capture_output=True, text=True, timeout=READY_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "torch did not answer"
+    return None if done.returncode == 0 else done.stderr.strip()[-300:] or "torch cannot use it"
 
 
 def usable_cores() -> list[int]:

@@ -18,13 +18,17 @@ from pathlib import Path
 import psutil
 
 from edge_agent.calibration import host
+from edge_agent.calibration.clock_pins import ClockPins, Domain
 from edge_agent.calibration.loads import Load, Running, commands, usable_cores
 from edge_agent.calibration.meters import NEEDS, CalibrationMeter, Span, least_hold_s
 from edge_agent.energy.board import firmware_bits
+from edge_agent.energy.clocks import Clocks
+from edge_agent.energy.gpu_load import GpuLoad
+from edge_agent.energy.link import Link
 from edge_agent.energy.sensor import EnergySensor
 from edge_agent.energy.utilisation import machine_busy_seconds
 from edge_agent.surroundings import temperatures
-from foundation.calibration import Step
+from foundation.calibration import DeviceFacts, Step
 from foundation.errors import SensorError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +63,7 @@ class _Held:
     least_s: float
     temperature_c: float | None
     throttled: bool | None
+    most_mhz: float | None
 
 
 class Timeline:
@@ -90,10 +95,25 @@ class Timeline:
 
 
 class Watch:
-    """Samples processor, own sensor and meter ten times a second; `with Watch(...) as watch:`."""
+    """Samples processor, GPU, own sensor and meter ten times a second; `with Watch(...) as watch:`."""
 
-    def __init__(self, meter: CalibrationMeter, sensor: EnergySensor | None) -> None:
+    def __init__(
+        self,
+        meter: CalibrationMeter,
+        sensor: EnergySensor | None,
+        clocks: Clocks | None = None,
+        gpu: GpuLoad | None = None,
+        link: Link | None = None,
+    ) -> None:
         self.busy, self.joules = Timeline(), Timeline()
+        self.sent, self.received = Timeline(), Timeline()
+        """Megabits."""
+        self._link = link
+        self.cycles, self.gpu = Timeline(), Timeline()
+        """Busy seconds times MHz, and busy seconds of the GPU."""
+        self._clocks, self._gpu = clocks or Clocks(Path("/nonexistent")), gpu
+        self._last: tuple[float, float] | None = None
+        self._cycles = self._gpu_s = 0.0
         self.breaks: list[float] = []
         """When the own sensor lost count."""
         self._meter, self._sensor = meter, sensor
@@ -121,7 +141,12 @@ class Watch:
         """Read everything now; returns the time."""
         with self._lock:
             now = time.monotonic()
-            self.busy.add(now, machine_busy_seconds())
+            busy = machine_busy_seconds()
+            self.busy.add(now, busy)
+            self._speed(now, busy)
+            mbit = self._link.mbit() if self._link else None
+            self.sent.add(now, mbit[0] if mbit else None)
+            self.received.add(now, mbit[1] if mbit else None)
             if self._sensor is not None:
                 self.joules.add(now, self._sensor.joules(now))
                 if self._sensor.breaks != self._seen_breaks:
@@ -129,6 +154,25 @@ class Watch:
                     self.breaks.append(now)
             self._meter.sample(now)
             return now
+
+    def _speed(self, now: float, busy: float | None) -> None:
+        """Add up the clock over the busy time, and the GPU's busy share; what is not known is a hole."""
+        mhz, share = self._clocks.mhz(), self._gpu.share() if self._gpu else None
+        last, self._last = self._last, None if busy is None else (now, busy)
+        if busy is None:
+            return
+        last = last or (now, busy)
+        if mhz is not None:
+            self._cycles += mhz * max(0.0, busy - last[1])
+            self.cycles.add(now, self._cycles)
+        if share is not None:
+            self._gpu_s += share * (now - last[0])
+            self.gpu.add(now, self._gpu_s)
+
+    def mhz(self, start_s: float, end_s: float) -> float | None:
+        """Return the mean clock of the busy cores; `None` where nobody says."""
+        cycles, busy = self.cycles.rate(start_s, end_s), self.busy.rate(start_s, end_s)
+        return cycles / busy if cycles and busy else None
 
     def _run(self) -> None:
         try:
@@ -150,7 +194,12 @@ class Session:
         threads: int,
         root: Path = Path("/"),
         tell: Tell = lambda *_: None,
+        domains: Sequence[Domain] = (),
+        gpu: GpuLoad | None = None,
+        link: Link | None = None,
     ) -> None:
+        """Take the clock domains that loads may be held down in, and what says how busy GPU and link are."""
+        self._domains, self._gpu, self._link = domains, gpu, link
         self._meter, self._sensor, self._timing = meter, sensor, timing
         self._threads, self._root, self._tell = threads, root, tell
         self._cores = psutil.cpu_count() or 1
@@ -162,19 +211,35 @@ class Session:
         The meter must be open. What was started is ended, whatever happens.
         """
         self._bits = firmware_bits(self._root)
-        with Watch(self._meter, self._sensor) as watch:
+        before = host.facts(self._root)
+        watching = Watch(self._meter, self._sensor, Clocks(self._root), self._gpu, self._link)
+        with ClockPins(self._domains) as pins, watching as watch:
             done: list[_Held] = []
             steps: list[Step] = []
             for load in loads:
+                most_mhz = pins.hold(load.clock)
                 with Running(commands(load, usable_cores(), self._threads)) as running:
-                    held = self._hold(load, running, watch)
+                    held = self._hold(load, running, watch, most_mhz)
                     if self._meter.late:
                         done.append(held)
                     else:
                         steps.append(self._seen(held, watch))
-            return (*steps, *(self._seen(held, watch) for held in done))
+            pins.hold(1.0)
+            seen = (*steps, *(self._seen(held, watch) for held in done))
+        self._unchanged(before)
+        return seen
 
-    def _hold(self, load: Load, running: Running, watch: Watch) -> _Held:
+    def _unchanged(self, before: DeviceFacts) -> None:
+        """Raise `SensorError` where the device is another one now: no one model describes both."""
+        now = host.facts(self._root)
+        for what in ("power_mode", "governor", "cores", "least_mhz", "most_mhz"):
+            was, found = getattr(before, what), getattr(now, what)
+            if was != found:
+                raise SensorError(
+                    f"{what} changed from {was} to {found} meanwhile: let nobody set it, and calibrate again"
+                )
+
+    def _hold(self, load: Load, running: Running, watch: Watch, most_mhz: float | None) -> _Held:
         needs = NEEDS[self._meter.kind]
         settle_s = needs.settle_s if self._timing.settle_s is None else self._timing.settle_s
         self._wait(load, "settle", settle_s, running, watch)
@@ -196,6 +261,7 @@ class Session:
             least_s,
             max(degrees) if degrees else None,
             host.throttled_between(before, firmware_bits(self._root)),
+            most_mhz,
         )
 
     def _hold_s(self, load: Load, least_s: float) -> float:
@@ -236,7 +302,16 @@ class Session:
             u_w=seen.u_w,
             how=seen.how,
             samples=seen.samples,
+            mhz=watch.mhz(part.start_s, part.end_s),
+            most_mhz=held.most_mhz,
+            up_mbit_s=watch.sent.rate(part.start_s, part.end_s),
+            down_mbit_s=watch.received.rate(part.start_s, part.end_s),
+            gpu=_within_one(watch.gpu.rate(part.start_s, part.end_s)),
             sensor_w=None if broken else watch.joules.rate(part.start_s, part.end_s),
             temperature_c=held.temperature_c,
             throttled=held.throttled,
         )
+
+
+def _within_one(share: float | None) -> float | None:
+    return None if share is None else min(1.0, max(0.0, share))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +18,12 @@ from foundation.profile import DeviceProfile
 logger = logging.getLogger(__name__)
 
 FOLDER = "calibration"
+OTHER_MODE = "calibration_other_mode"
+"""Flag of a reading by the published model, where the calibrations are of other power modes."""
+
+
+REFUSED = ".refused.toml"
+"""End of the name of a file that is only to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +55,56 @@ def calibrated(
 ) -> Use:
     """Return the profile with the calibration of `given`, or of `default` if that file is there.
 
-    One that has expired, or was made for something else, is not used, for the reason that comes with it.
+    Beside it may be those of other power modes; of those that hold now, the newest is used. One that has
+    expired, or was made for something else, is not used, for the reason that comes with it.
     Raises `SettingsError` for a given file that is not there or damaged.
     """
     path = given if given is not None else default
-    if path is None or (given is None and not path.is_file()):
+    if path is None:
         return Use(profile)
+    files = ([path] if given is not None or path.is_file() else []) + of_other_modes(path)
+    device, moment = facts(root), now or datetime.now(UTC)
+    fitting: list[tuple[Path, Calibration]] = []
+    reasons: list[str] = []
+    elsewhere: list[str] = []
+    for file in files:
+        try:
+            found = read_calibration(file)
+        except SettingsError as error:
+            if file == given:
+                raise
+            reasons.append(str(error))
+            continue
+        reason = found.unfit(profile.facts, device, moment)
+        if reason is None:
+            fitting.append((file, found))
+        else:
+            (reasons if found.of_mode(device) else elsewhere).append(f"the calibration {file} {reason}")
+    if fitting:
+        file, found = max(fitting, key=lambda one: one[1].made)
+        return Use(profile.calibrated(found), file, found)
+    used = profile.flagged(OTHER_MODE) if elsewhere else profile
+    return Use(used, path if files else None, reason="; ".join(reasons or elsewhere) or None)
+
+
+def of_other_modes(path: Path) -> list[Path]:
+    """Return the files beside a calibration that hold those of other power modes: `NAME@MODE.toml`."""
+    found = path.parent.glob(f"{glob.escape(path.stem)}@*.toml")
+    return sorted(file for file in found if not file.name.endswith(REFUSED))
+
+
+def place_for(out: Path, mode: str | None) -> Path:
+    """Return where a calibration of a power mode is written: `out`, unless another mode's is there."""
     try:
-        found = read_calibration(path)
-    except SettingsError as error:
-        if given is not None:
-            raise
-        return Use(profile, path, reason=str(error))
-    reason = found.unfit(profile.facts, facts(root), now or datetime.now(UTC))
-    if reason is not None:
-        return Use(profile, path, reason=f"the calibration {path} {reason}")
-    return Use(profile.calibrated(found), path, found)
+        there = read_calibration(out) if out.is_file() else None
+    except SettingsError:
+        there = None  # nothing in it can be used
+    if there is None or there.device.power_mode == mode:
+        return out
+    name = mode or "none"
+    plain = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:60]
+    mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return out.with_name(f"{out.stem}@{plain}{mark}.toml")
 
 
 def logged(use: Use) -> DeviceProfile:

@@ -24,7 +24,7 @@ from edge_agent.energy.idle import IdleBaseline
 from edge_agent.energy.sensor import EnergySensor, find_sensors
 from edge_agent.energy.track import Share, Track
 from edge_agent.energy.uncertainty import PUBLISHED_IDLE, REPEATED_IDLE, Errors, Idle
-from edge_agent.energy.utilisation import CpuShare, ProcessShare
+from edge_agent.energy.utilisation import CpuShare, ProcessShare, Utilisation
 from foundation.energy import EnergyReading, Kind, Ledger, Scope, Stage
 from foundation.errors import SettingsError
 from foundation.profile import DeviceProfile
@@ -63,6 +63,7 @@ class Meter:
         threaded: bool = True,
         cpu: CpuShare | None = None,
         baseline: IdleBaseline | None = None,
+        renewed: Callable[[], DeviceProfile] | None = None,
     ) -> None:
         """Take the sensors to use, best first (default: those of the profile that are here).
 
@@ -70,12 +71,14 @@ class Meter:
         `share="process"` the idle power is divided by `agents_on_host` and what is above it is charged by
         CPU share. Without `threaded` nobody samples but the edges and whoever calls `sample`. `asleep`
         returns the seconds that this machine has been suspended (default: the kernel's, with the default
-        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests.
+        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests. `renewed`
+        returns the profile anew when a model says that it is outdated: its model counts from the next window.
         """
         if rate_hz <= 0 or agents_on_host < 1:
             raise SettingsError("the meter needs rate_hz above 0 and agents_on_host of at least 1")
         found = list(find_sensors(profile, root) if sensors is None else sensors)
         self._probe = _prober(profile, root, found[0]) if sensors is None and found else None
+        self._renewed, self._root = renewed, root
         self._published = bool(found) and _give_published_idle(found[0], profile)
         if share == "process":
             u_rel = profile.model.relative_net if profile.model else None
@@ -226,7 +229,23 @@ class Meter:
                 track.clear()
             if self._cpu is not None:
                 self._cpu.clear()
+            self._renew()
             return ledger
+
+    def _renew(self) -> None:
+        """Reckon with another model from here on, where the present one is of another power mode."""
+        sensor = self._main.sensor if self._main is not None else None
+        if self._main is None or self._renewed is None or not isinstance(sensor, Utilisation):
+            return
+        if not sensor.outdated:
+            return
+        profile = self._renewed()
+        found = Utilisation.probe(profile, self._root)
+        if found is not None:
+            logger.info("power mode changed", extra={"flags": found.flags})
+            self._probe = _prober(profile, self._root, found)
+            self._main.replace(found)
+            self.sample()
 
     def peek(self) -> Ledger:
         """Return readings by stage since the last take, and go on."""

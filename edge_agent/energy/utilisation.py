@@ -14,6 +14,10 @@ from typing import ClassVar, Self
 
 import psutil
 
+from edge_agent.energy.clocks import Clocks, governor
+from edge_agent.energy.gpu_load import GpuLoad, gpu_load
+from edge_agent.energy.link import Link
+from edge_agent.energy.power_mode import power_mode
 from edge_agent.energy.sensor import EnergySensor
 from foundation.energy import Kind, Scope, Stage
 from foundation.profile import DeviceProfile, PowerModel
@@ -23,6 +27,8 @@ _WINDOW_S = 0.05
 
 FLAGS = {"placeholder": ("placeholder_model",), "calibrated": ("calibrated",)}
 """What a reading says of the model that it was made with."""
+LOOK_S = 5.0
+"""How often it is looked whether the device is still as the model was chosen for."""
 
 Seconds = Callable[[], float | None]
 """Cumulative CPU seconds; `None` for an error."""
@@ -31,12 +37,21 @@ Seconds = Callable[[], float | None]
 class Utilisation:
     """Joules from CPU time: p_idle + (p_full - p_idle) * u ** exponent, u over the time since the last read.
 
-    CPU time is a counter, so no sample is missed between two reads, however far apart they are.
+    CPU time is a counter, so no sample is missed between two reads, however far apart they are. A calibrated
+    model may also know what each clock draws, and the GPU: they are taken as they are at the read.
     """
 
     name: ClassVar[str] = "utilisation"
 
-    def __init__(self, model: PowerModel, *, busy: Seconds | None = None, cores: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PowerModel,
+        *,
+        busy: Seconds | None = None,
+        cores: int | None = None,
+        root: Path = Path("/"),
+    ) -> None:
+        """Reckon with `model`; clock, GPU and power mode are looked for below `root`."""
         self.kind = Kind.MODELLED
         self.scope: Scope = model.scope
         self.cumulative = True
@@ -45,7 +60,15 @@ class Utilisation:
         self.u_rel_net: float | None = model.relative_net
         self.offset_w = self.delay_s = 0.0
         self.sampled_w: float | None = None
-        self.flags: tuple[str, ...] = FLAGS.get(model.basis, ())
+        self._always = tuple(dict.fromkeys((*FLAGS.get(model.basis, ()), *model.flags)))
+        self.flags: tuple[str, ...] = self._always
+        self._root, self._mode = root, power_mode(root)
+        self._clocks = Clocks(root) if model.full_w_by_mhz else None
+        self._gpu: GpuLoad | None = gpu_load(root) if model.gpu_full_w is not None else None
+        self._link = Link(model.link[0], root) if model.link is not None else None
+        self._link_base: tuple[float, float] | None = None
+        self._looked_s: float | None = None
+        self._mode_changed = False
         self.breaks = 0
         self._model = model
         self._busy = busy or machine_busy_seconds
@@ -56,25 +79,61 @@ class Utilisation:
 
     @classmethod
     def probe(cls, profile: DeviceProfile, root: Path) -> Self | None:
-        """Return the sensor if the profile has a power model; it reads the running system, not `root`."""
-        return cls(profile.model) if profile.model else None
+        """Return the sensor if the profile has a power model; CPU times are the running system's."""
+        return cls(profile.model, root=root) if profile.model else None
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the power mode is another one than when this was made: another model may hold now."""
+        return self._mode_changed
 
     def joules(self, now_s: float) -> float | None:
         """Return modelled joules since the first call; `None` if the CPU times cannot be read."""
         busy = self._busy()
         if busy is None:
             return None
+        if self._looked_s is None or now_s - self._looked_s >= LOOK_S:
+            self._looked_s = now_s
+            self._look()
+        mbit = self._link.mbit() if self._link else None
         if self._base is None:
-            self._base = now_s, busy
+            self._base, self._link_base = (now_s, busy), mbit
         then_s, before = self._base
         seconds = now_s - then_s
         if seconds > 0:
-            watts = self._model.watts((busy - before) / (self._cores * seconds))
-            self._joules = max(self._joules, self._sum_j + watts * seconds)
+            mhz = self._clocks.mhz() if self._clocks else None
+            gpu = self._gpu.share() if self._gpu else None
+            watts = self._model.watts((busy - before) / (self._cores * seconds), mhz, gpu)
+            self._joules = max(self._joules, self._sum_j + watts * seconds + self._link_j(mbit))
         if seconds >= _WINDOW_S:
-            self._base = now_s, busy
+            self._base, self._link_base = (now_s, busy), mbit
             self._sum_j = self._joules
         return self._joules
+
+    def _link_j(self, mbit: tuple[float, float] | None) -> float:
+        """Return the joules of the traffic since the base; none of an interface that began anew."""
+        base = self._link_base
+        if mbit is None or base is None or self._model.link is None:
+            return 0.0
+        _, up_j, down_j = self._model.link
+        return up_j * max(0.0, mbit[0] - base[0]) + down_j * max(0.0, mbit[1] - base[1])
+
+    def _look(self) -> None:
+        """Look whether power mode and governor are still those that the model is of."""
+        model, found = self._model, list(self._always)
+        self._mode_changed = self._mode_changed or power_mode(self._root) != self._mode
+        if self._mode_changed:
+            found.append("power_mode_changed")
+        now = governor(self._root) if model.governor else None
+        if now is not None and now != model.governor:
+            found.append("other_governor")
+        if (self._clocks is not None and self._clocks.mhz() is None) or (
+            model.gpu_full_w is not None and (self._gpu is None or self._gpu.share() is None)
+        ):
+            found.append("clock_or_gpu_unread")
+        if self._link is not None and self._link.mbit() is None:
+            found.append("link_unread")
+        self.flags = tuple(found)
 
 
 class ProcessShare:

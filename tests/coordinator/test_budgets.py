@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from coordinator.budgets import Case, Verdict, decide, number
 from coordinator.easing import Ease, eased, epochs_of, fewest_epochs, gone_of, trimmed
 from coordinator.settings import Budget, BudgetSettings
-from coordinator.spending import NOTHING, Cost, Rates, Today, rates_of, today_of
+from coordinator.spending import NOTHING, Cost, Rates, Today, history_of, rates_of, today_of
 from coordinator.store.records import EPOCH, UpdateRecord
 from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.errors import SettingsError
 from foundation.parameters import EVERYTHING, Role
 from foundation.settings import load
-from foundation.work import ImportancePruning, LocalWork, Phase, ThresholdPruning
+from foundation.work import ImportancePruning, LocalWork, Phase, ThreadLimit, ThresholdPruning
 
 TOMORROW = 86_400.0
 HEAD = frozenset({Role.HEAD})
@@ -324,6 +324,116 @@ def test_today_is_split_by_kind_and_knows_what_it_does_not_know() -> None:
     )
     assert today == Today({Kind.MEASURED: 21.0, Kind.MODELLED: 31.0}, unknown=1)
     assert today.sum == 52.0
+
+
+# --- threads ---------------------------------------------------------------------------------------
+
+
+def told(threads: int, own: int = 4) -> dict[str, object]:
+    return {"state": {"threads": threads, "own_threads": own}}
+
+
+def test_history_is_kept_apart_by_threads() -> None:
+    past = [
+        record(4, trained(20.0), **told(2)),
+        record(3, trained(40.0), **told(4)),
+        record(2, trained(22.0), **told(2)),
+        record(1, trained(10.0, kind=Kind.MODELLED), **told(1)),
+    ]
+    found = history_of(past, 0)
+    assert (found.threads, found.own) == (4, 4)
+    assert found.rates is not None
+    assert found.rates.step.joules == 4.0
+    assert {n: r.step.joules for n, r in found.fewer.items()} == {2: pytest.approx(2.1)}, (
+        "a model is no meter"
+    )
+    one = history_of(past[:1], 0)
+    assert (one.threads, one.own, dict(one.fewer)) == (2, 4, {}), "the others are forgotten"
+    silent = history_of([record(1, trained(20.0)), record(2, trained(9.0), state={"x": 1})], 0)
+    assert silent.rates == rates_of([record(1, trained(20.0)), record(2, trained(9.0))], 0)
+    assert silent.threads is None
+
+
+def four(budget: Budget, fewer: dict[int, Rates] | None = None, **more: object) -> Verdict:
+    fields: dict[str, object] = {"threads": 4, "own_threads": 4, "fewer": fewer or {}}
+    return decide(case(budget, **(fields | more)))  # type: ignore[arg-type]
+
+
+def test_threads_are_lowered_where_history_shows_that_more_epochs_fit_so() -> None:
+    ease = four(Budget(joules=25), {2: rates(2.5, 0.7)}).ease
+    assert ease == Ease(
+        threads=2,
+        reason="2 of 4 threads: with 4 the whole round needs about 41 J (modelled),"
+        " the budget is 25 J a round",
+    )
+    both = four(Budget(joules=25), {2: rates(4.0, 0.7)}).ease
+    assert both is not None
+    assert (both.threads, both.epochs) == (2, 3)
+    assert "3 of 4 local epochs: the whole round needs about 33 J" in both.reason
+    least = four(Budget(joules=25), {1: rates(2.5, 2.0), 2: rates(2.9, 0.7)}).ease
+    assert least is not None
+    assert least.threads == 2, "no fewer than bring something"
+
+
+def test_threads_stay_where_fewer_bring_nothing_or_all_fits() -> None:
+    assert four(Budget(joules=1000), {2: rates(2.5)}) == Verdict()
+    dear = four(Budget(joules=25), {2: rates(6.0, 0.7)}).ease
+    assert dear is not None
+    assert (dear.threads, dear.epochs) == (None, 2)
+    late = four(Budget(joules=25, deadline_s=5.0), {2: rates(2.5, 4.0)}).ease
+    assert late is not None
+    assert (late.threads, late.epochs) == (None, 2), "cheaper, but not in time"
+
+
+def test_fewer_threads_are_asked_before_nobody_is() -> None:
+    assert four(Budget(joules=9)).skip is not None
+    ease = four(Budget(joules=9), {2: rates(1.5)}).ease
+    assert ease is not None
+    assert (ease.threads, ease.epochs) == (2, 2)
+
+
+def test_what_fewer_threads_cost_is_tried_once_where_joules_are_short_and_there_is_time() -> None:
+    trial = four(Budget(joules=25)).ease
+    assert trial is not None
+    assert (trial.threads, trial.epochs) == (2, 2)
+    assert trial.reason.startswith("2 of 4 threads: to learn what that saves")
+    for other in (
+        four(Budget(deadline_s=1.2)),  # not joules
+        four(Budget(joules=25, deadline_s=2.2)),  # half the threads may take twice as long
+        four(Budget(joules=25), threads=1, own_threads=1),
+        four(Budget(joules=25), threads=None, own_threads=None),  # it does not know the term
+    ):
+        assert other.ease is not None
+        assert other.ease.threads is None
+    forgotten = four(Budget(joules=60), threads=2).ease
+    assert forgotten is not None
+    assert forgotten.threads == 2, "what all of them cost is no longer known"
+    assert four(Budget(joules=90), threads=2).ease is None, "it would fit at twice the joules"
+
+
+@given(joules=st.floats(5, 60), few=st.floats(0.5, 8), seconds=caps)
+def test_with_threads_as_well_what_is_asked_is_within_every_budget(
+    joules: float, few: float, seconds: float | None
+) -> None:
+    fewer, all_of_it = rates(few, 1.1), rates()
+    budget = Budget(joules=joules, deadline_s=seconds)
+    verdict = four(budget, {2: fewer})
+    if verdict.skip is not None:
+        return
+    done = case(budget).work if verdict.ease is None else eased(case(budget).work, verdict.ease)
+    asked = done.thread_limit()
+    cost = case(budget, known=all_of_it if asked is None else fewer).cost(epochs_of(done))
+    assert cost.joules is not None
+    assert cost.joules <= joules
+    assert seconds is None or cost.seconds <= seconds
+
+
+def test_an_eased_work_asks_for_the_threads_by_a_term_of_its_own() -> None:
+    work = eased(LocalWork(terms=(ThresholdPruning(),)), Ease(threads=2, reason=""))
+    assert work.thread_limit() == ThreadLimit(most=2)
+    assert work.pruning() is not None
+    assert "threads" in work.needs()
+    assert "threads" not in eased(LocalWork(), Ease(epochs=1, reason="")).needs()
 
 
 # --- settings --------------------------------------------------------------------------------------

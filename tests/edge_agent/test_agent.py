@@ -15,11 +15,13 @@ import pytest
 
 from coordinator.strategies.base import load_strategy
 from edge_agent.agent import OFFLINE, Agent
+from edge_agent.conditions import Conditions
 from edge_agent.datasets import DataSettings, load
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
 from edge_agent.settings import AgentSettings, LimitSettings
+from edge_agent.training import trainer
 from edge_agent.vault import Vault
 from foundation.codec import frame_of, update_from
 from foundation.errors import DataError
@@ -28,6 +30,8 @@ from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transfer import Courier
 from foundation.transport import MemoryBroker, MemoryTransport
+from foundation.work import ThreadLimit
+from tests.devices import ORIN, written
 from tests.toys import LABELS, SPEC, ToyFederation, toy_data
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +45,9 @@ async def agent_on(
     folder: Path,
     load_data: Callable[[], LocalData],
     limits: Callable[[Meter], Limits] | None = None,
+    *,
+    conditions: Conditions | None = None,
+    threads: int = 1,
 ) -> AsyncIterator[Agent]:
     settings = AgentSettings(
         agent="d0", federation="test", vault=folder / "d0", data=DataSettings(kind="builtin")
@@ -52,10 +59,11 @@ async def agent_on(
             transport=MemoryTransport(broker, will=will),
             meter=meter,
             profile="unknown-linux",
-            threads=1,
+            threads=threads,
             load_data=load_data,
             retry_s=0.02,
             limits=limits(meter) if limits else None,
+            conditions=conditions,
         )
         life = asyncio.create_task(agent.run())
         try:
@@ -375,3 +383,87 @@ async def test_limits_that_cannot_hold_are_on_the_card(tmp_path: Path) -> None:
             "limits: joules_per_day cannot hold: nobody knows this device's joules"
         )
         assert card_on(broker).unavailable is None
+
+
+async def test_an_update_says_under_what_conditions_it_was_made(tmp_path: Path) -> None:
+    root, broker, data = written(tmp_path / "root", ORIN), MemoryBroker(), toy_data(0)
+    there = agent_on(broker, tmp_path, lambda: data, conditions=Conditions(root))
+    async with there, coordinator_on(broker) as coordinator:
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.updates))
+    state = coordinator.updates[0].state
+    assert state is not None
+    assert (state.power_mode, state.most_c, state.throttle_events, state.threads) == ("15W", 50.0, 0, 1)
+
+
+async def test_who_does_not_look_tells_nothing_of_conditions(tmp_path: Path) -> None:
+    broker, data = MemoryBroker(), toy_data(0)
+    async with agent_on(broker, tmp_path, lambda: data), coordinator_on(broker) as coordinator:
+        await coordinator.ask(assignment())
+        await until(lambda: bool(coordinator.updates))
+    assert coordinator.updates[0].state is None
+
+
+@pytest.fixture
+def threads_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch was told, in the thread that trains."""
+    told: list[int] = []
+    real = trainer.use_threads
+    monkeypatch.setattr(trainer, "use_threads", lambda threads: (told.append(threads), real(threads)))
+    return told
+
+
+async def done_on(
+    folder: Path, threads: int, *, most: int | None = None, hot: int | None = None, limit_c: float = 70
+) -> Update:
+    """One round of a device with so many threads, asked for at most `most`, at `hot` thousandths of °C."""
+    root, broker, data = written(folder / "root", ORIN), MemoryBroker(), toy_data(0)
+    if hot is not None:
+        (root / "sys/class/thermal/thermal_zone0/temp").write_text(str(hot))
+    asked = assignment()
+    terms = () if most is None else (ThreadLimit(most=most),)
+    asked = asked.model_copy(update={"work": asked.work.model_copy(update={"terms": terms})})
+
+    def limits(meter: Meter) -> Limits:
+        return Limits(LimitSettings(max_temperature_c=limit_c), meter, folder, root=root)
+
+    there = agent_on(
+        *(broker, folder, lambda: data), limits=limits, conditions=Conditions(root), threads=threads
+    )
+    async with there, coordinator_on(broker) as coordinator:
+        await coordinator.ask(asked)
+        await until(lambda: bool(coordinator.updates))
+        return coordinator.updates[0]
+
+
+@pytest.mark.parametrize(
+    ("threads", "most", "hot", "used", "why"),
+    [
+        (2, None, None, 2, None),
+        (2, 1, None, 1, "the coordinator asks for fewer"),
+        (1, 8, None, 1, None),  # its own bound is lower
+        (4, None, 66_000, 2, "it is warm: 66.0 °C, the limit is 70 °C"),
+        (4, 3, 66_000, 1, "it is warm: 66.0 °C, the limit is 70 °C"),
+        (1, None, 66_000, 1, None),
+    ],
+)
+async def test_work_is_done_on_no_more_threads_than_coordinator_heat_and_owner_allow(
+    tmp_path: Path,
+    threads_used: list[int],
+    threads: int,
+    most: int | None,
+    hot: int | None,
+    used: int,
+    why: str | None,
+) -> None:
+    state = (await done_on(tmp_path, threads, most=most, hot=hot)).state
+    assert state is not None
+    assert (state.threads, state.own_threads, state.eased) == (used, threads, why)
+    assert threads_used == [used]
+
+
+async def test_so_many_threads_give_the_same_bits_whoever_asked_for_them(tmp_path: Path) -> None:
+    own = await done_on(tmp_path / "own", 2)
+    asked = await done_on(tmp_path / "asked", 4, most=2)
+    warm = await done_on(tmp_path / "warm", 4, hot=66_000)
+    assert own.parameters == asked.parameters == warm.parameters

@@ -184,7 +184,7 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["calibrate", "--help"])
     said = capsys.readouterr().out
-    for word in ("csv:FILE", "WattRes 2", "Not measured: frequency", "wall_ac", "--quick", "50 pulses"):
+    for word in ("csv:FILE", "WattRes 2", "AGENT@MODE.toml", "--net", "wall_ac", "--quick", "50 pulses"):
         assert word in said
 
 

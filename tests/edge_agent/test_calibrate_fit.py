@@ -7,16 +7,26 @@ import itertools
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from edge_agent.calibration.fit import fit, model_of, nnls, sensor_of
 from edge_agent.calibration.judge import Breach, breaches
-from edge_agent.calibration.loads import CORES, IDLE, Load
+from edge_agent.calibration.loads import CLOCK, CORES, IDLE, Load
 from foundation.calibration import Step
 from foundation.energy import Scope
 from foundation.errors import SensorError
 from foundation.profile import DeviceProfile
-from tests.calibrations import FULL_W, IDLE_W, METER, calibration_of, step_of, steps_of
+from tests.calibrations import (
+    FAST_MHZ,
+    FULL_W,
+    IDLE_W,
+    METER,
+    SLOW_MHZ,
+    calibration_of,
+    step_of,
+    steps_of,
+)
 
 PI4 = DeviceProfile.load("raspberry-pi-4b")
 
@@ -61,6 +71,77 @@ def test_a_bent_device_gets_its_exponent(exponent: float) -> None:
     model = calibration_of(steps_of(exponent=exponent)).model
     assert model.exponent == pytest.approx(exponent, abs=0.1)
     assert model.p_full_w.v == pytest.approx(FULL_W, rel=0.03)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@given(seed=st.integers(0, 200))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_what_each_clock_and_the_gpu_draw_is_recovered(quick: bool, seed: int) -> None:
+    steps = steps_of(seed=seed, quick=quick, clock=True, gpu_w=5.0)
+    model = model_of(fit(steps, METER.accuracy), steps, METER.accuracy)
+    assert [at.mhz for at in model.clock] == [SLOW_MHZ, 1050.0, FAST_MHZ]
+    for at in model.clock:
+        true = IDLE_W + (FULL_W - IDLE_W) * (at.mhz / FAST_MHZ) ** 2
+        assert at.full_w.v == pytest.approx(true, rel=0.03)
+        assert abs(at.full_w.v - true) <= at.full_w.u
+    assert model.p_full_w == model.clock[-1].full_w
+    assert model.p_idle_w.v == pytest.approx(IDLE_W, rel=0.03)
+    assert model.gpu_w is not None
+    assert model.gpu_w.v == pytest.approx(5.0, rel=0.03)
+    assert model.exponent == 1
+    assert not judged(steps)
+
+
+@given(seed=st.integers(0, 200))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_what_traffic_draws_each_way_is_recovered(seed: int) -> None:
+    steps = steps_of(seed=seed, link=(0.06, 0.04))
+    model = model_of(fit(steps, METER.accuracy), steps, METER.accuracy, "wlan0")
+    assert model.link is not None
+    assert model.link.down is not None
+    assert model.link.interface == "wlan0"
+    assert model.link.up.v == pytest.approx(0.06, rel=0.03)
+    assert model.link.down.v == pytest.approx(0.04, rel=0.04)
+    assert abs(model.link.down.v - 0.04) <= model.link.down.u
+    assert not judged(steps)
+
+
+def test_over_loopback_both_ways_are_one() -> None:
+    steps = [s.model_copy(update={"down_mbit_s": s.up_mbit_s}) for s in steps_of(link=(0.1, 0.0), noise=0.0)]
+    link = model_of(fit(steps, 0.02), steps, 0.02, "lo").link
+    assert link is not None
+    assert link.up.v == pytest.approx(0.1, rel=0.01)
+    assert link.down is None
+
+
+def test_a_clock_that_did_not_follow_is_no_clock_of_its_own() -> None:
+    steps = [s.model_copy(update={"mhz": FAST_MHZ}) for s in steps_of()] + [
+        step_of(load, IDLE_W + (FULL_W - IDLE_W) * load.busy, load.busy, mhz=FAST_MHZ, most_mhz=SLOW_MHZ)
+        for load in CLOCK[:2]
+    ]
+    assert not model_of(fit(steps, 0.02), steps, 0.02).clock
+
+
+def test_a_clock_that_nobody_could_read_is_said() -> None:
+    steps = [s.model_copy(update={"mhz": None}) for s in steps_of(clock=True)]
+    with pytest.raises(SensorError, match="clock could not be read"):
+        fit(steps, 0.02)
+    steps = [s.model_copy(update={"gpu": None}) for s in steps_of(gpu_w=4.0)]
+    with pytest.raises(SensorError, match="GPU"):
+        fit(steps, 0.02)
+    steps = [s.model_copy(update={"up_mbit_s": None}) for s in steps_of(link=(0.1, 0.1))]
+    with pytest.raises(SensorError, match="bytes could not be read"):
+        fit(steps, 0.02)
+
+
+def test_more_power_at_a_lower_clock_is_refused() -> None:
+    steps = [
+        s.model_copy(update={"watts": 9.0} if s.block == "clock" and s.utilisation > 0.9 else {})
+        for s in steps_of(clock=True)
+    ]
+    found = [breach for breach in judged(steps) if breach.rule == "clock"]
+    assert found
+    assert not any(breach.may_force for breach in found)
 
 
 def test_memory_bound_load_does_not_bend_the_line_but_widens_the_bars() -> None:

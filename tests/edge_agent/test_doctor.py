@@ -16,6 +16,7 @@ from foundation.mqtt import MqttSettings
 from foundation.profile import DeviceProfile
 from hedgerow.broker import EmbeddedBroker, find_broker
 from tests.conftest import require_service
+from tests.devices import ORIN, written
 
 POWER = Path(__file__).parents[1] / "fixtures" / "power"
 
@@ -126,3 +127,17 @@ def test_people_get_a_table_and_errors_name_what_to_do(
     assert "not recognised" in capsys.readouterr().out
     assert main(["doctor", "--profile", "raspberry-pi-6"]) == 2
     assert "raspberry-pi-5" in capsys.readouterr().err
+
+
+def test_the_speed_is_said_where_anybody_says_it(tmp_path: Path) -> None:
+    profile = DeviceProfile.load("jetson-orin-nano")
+
+    def speed(root: Path) -> tuple[str, str]:
+        found = {finding.what: finding for finding in findings(profile, root, None)}
+        return found["speed"].verdict, found["speed"].says
+
+    assert speed(written(tmp_path / "orin", ORIN)) == (
+        "good",
+        "power mode 15W, governor schedutil, 115 to 1510 MHz",
+    )
+    assert speed(tmp_path / "nothing")[0] == "note"

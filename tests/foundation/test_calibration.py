@@ -28,6 +28,44 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert made.made.tzinfo is UTC
 
 
+def test_clocks_gpu_link_and_power_mode_are_read_again(tmp_path: Path) -> None:
+    steps = steps_of(clock=True, gpu_w=5.0, link=(0.06, 0.04))
+    device = GOOD.device.model_copy(update={"power_mode": "15W", "governor": "schedutil", "most_mhz": 1500.0})
+    made = calibration_of(steps, device=device)
+    assert None not in (made.model.gpu_w, made.model.link)
+    assert len(made.model.clock) == 3
+    assert len(made.model.covariance) == 8
+    (tmp_path / "it.toml").write_text(made.toml())
+    assert read_calibration(tmp_path / "it.toml") == made
+    text = made.toml()
+    for old, new, says in (
+        ("clock = [{ mhz = 600.0", "clock = [{ mhz = 1600.0", "clock must rise"),
+        ("clock = [{ mhz", 'link = { interface = "x" }\nclock = [{ mhz', "TOML"),
+    ):
+        assert old in text
+        (tmp_path / "it.toml").write_text(text.replace(old, new, 1))
+        with pytest.raises(SettingsError, match=says):
+            read_calibration(tmp_path / "it.toml")
+
+
+@pytest.mark.parametrize(
+    ("mine", "now", "reason"),
+    [
+        ("15W", "15W", None),
+        (None, None, None),
+        ("15W", "7W", "made in the power mode 15W, now it is in the power mode 7W"),
+        ("15W", None, "now it is in no power mode that is known"),
+        (None, "7W", "made in no power mode that is known"),
+    ],
+)
+def test_it_holds_in_its_own_power_mode_alone(mine: str | None, now: str | None, reason: str | None) -> None:
+    made = calibration_of(device=GOOD.device.model_copy(update={"power_mode": mine}))
+    found = made.unfit(made.profile, made.device.model_copy(update={"power_mode": now, "cores": 2}), MADE)
+    if reason is None:
+        found = made.unfit(made.profile, made.device, MADE)
+    assert (found is None) if reason is None else reason in str(found)
+
+
 def test_it_may_be_used_where_it_was_made() -> None:
     assert GOOD.unfit(GOOD.profile, GOOD.device, MADE + timedelta(days=180)) is None
 

@@ -244,3 +244,40 @@ def test_an_unknown_device_has_seconds_and_the_report_says_so(tmp_path: Path) ->
     assert said.exit_code == 0
     assert "profile unknown-linux: seconds only" in said.output
     assert " J" not in said.output.replace(" J/point", "").replace("J/point:", "")
+
+
+def test_conditions_of_the_devices_are_in_tables_csv_and_json(tmp_path: Path) -> None:
+    hot = {"power_mode": "15W", "governor": "schedutil", "most_c": 83.4, "throttle_events": 3, "threads": 4}
+    cool = {"power_mode": "7W", "most_c": 55.0, "throttle_events": 1, "threads": 2}
+    with Store.open(tmp_path) as store:
+        open_run(store)
+        put(store, 1, "a", {"train": told(1.0)}, state=hot)
+        put(store, 2, "a", {"train": told(1.0)}, state=cool)
+        put(store, 1, "b", {"train": told(1.0)}, state={"no": "state"})
+        put(store, 1, "c", {"train": told(1.0)})
+    said = call("--folder", tmp_path)
+    assert said.exit_code == 0, said.output
+    rows = {line.split()[0]: line.split()[-1] for line in said.output.splitlines() if "utilisation" in line}
+    assert rows == {"a": "83", "b": "–", "c": "–"}
+    assert "power modes: a 15W and 7W" in said.output
+    assert "throttled: a 4 times" in said.output
+    device = {
+        d["agent"]: d["conditions"]
+        for d in json.loads(call("--folder", tmp_path, "--json").stdout)["devices"]
+    }
+    assert device["a"] == {
+        "power_modes": ["15W", "7W"],
+        "governors": ["schedutil"],
+        "threads": [2, 4],
+        "most_c": 83.4,
+        "throttle_events": 4,
+    }
+    assert device["b"]["throttle_events"] is None, "not told is not never"
+    target = tmp_path / "rows.csv"
+    call("--folder", tmp_path, "--csv", target)
+    found = {(r["device"], r["round"]): r for r in csv.DictReader(io.StringIO(target.read_text()))}
+    assert (found["a", "1"]["power_mode"], found["a", "2"]["threads"], found["c", "1"]["most_c"]) == (
+        "15W",
+        "2",
+        "",
+    )

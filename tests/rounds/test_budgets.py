@@ -87,6 +87,31 @@ async def test_what_not_even_one_epoch_fits_is_skipped_with_the_reason(tmp_path:
         assert whole.engine.live.agent("d1").skipped == why
 
 
+@pytest.mark.parametrize(("one_thread_s", "asked"), [(0.25, [8, 4, 8, 8]), (0.75, [8, 4, 4, 4])])
+async def test_fewer_threads_are_tried_and_kept_where_they_make_more_epochs_fit(
+    tmp_path: Path, one_thread_s: float, asked: list[int]
+) -> None:
+    """In the second round one thread is tried; what that cost decides about the third and fourth."""
+    metered = all_metered() | {"d1": Metered(one_thread_s=one_thread_s)}
+    more = {
+        "budgets": BudgetSettings(devices={"d1": Budget(joules=0.6 * FULL_J)}),
+        "metered": metered,
+        "conditions": tmp_path / "root",
+        "threads": 2,
+    }
+    async with fleet(tmp_path, memory(MemoryBroker()), run(rounds=4), **more) as whole:
+        assert await whole.finished() == "finished"
+        assert [steps(whole, number)["d1"] for number in (1, 2, 3, 4)] == asked
+        assert whole.store is not None
+        updates = [whole.store.updates("r", number) for number in (1, 2, 3, 4)]
+        used = [{u.agent: u.summary["state"]["threads"] for u in each}["d1"] for each in updates]
+        saves = one_thread_s < 0.5
+        assert used == ([2, 1, 1, 1] if saves else [2, 1, 2, 2])
+        told = await texts(whole, "agent_eased")
+        assert "1 of 2 threads: to learn what that saves" in told[0]
+        assert ("1 of 2 threads: with 2 the whole round needs about 40 J (modelled)" in told[1]) is saves
+
+
 async def test_joules_that_nobody_knows_cannot_be_budgeted_and_that_is_said(tmp_path: Path) -> None:
     budgets = BudgetSettings(joules=1, joules_per_day=1)
     async with fleet(tmp_path, memory(MemoryBroker()), run(), budgets=budgets) as whole:
