@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +20,8 @@ from foundation.calibration import Calibration, ProfileFacts
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
+
+F = TypeVar("F", bound=Frozen)
 
 UNKNOWN = "unknown-linux"
 """The profile of a machine that nobody recognised: no power model, so no joules."""
@@ -187,10 +189,7 @@ class DeviceProfile(Frozen):
 
     @model_validator(mode="after")
     def _sourced(self) -> DeviceProfile:
-        known = {source.id for source in self.source}
-        for key, number in self.numbers():
-            if number.src is not None and number.src not in known:
-                raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+        check_sources(self.numbers(), self.source)
         return self
 
     def numbers(self) -> Iterator[tuple[str, Number]]:
@@ -285,17 +284,30 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml") and n[0] != "_"))
 
 
-def _parse(data: bytes, file: str) -> DeviceProfile:
+def check_sources(numbers: Iterable[tuple[str, Number]], sources: Iterable[Source]) -> None:
+    """Raise `ValueError` with the key of the first number whose source is not among `sources`."""
+    known = {source.id for source in sources}
+    for key, number in numbers:
+        if number.src is not None and number.src not in known:
+            raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+
+
+def parsed(kind: type[F], data: bytes, what: str) -> F:
+    """Return a TOML file as `kind`; raises `SettingsError` that says `what` it is, and names the key."""
     try:
-        return DeviceProfile.model_validate(tomllib.loads(data.decode()))
+        return kind.model_validate(tomllib.loads(data.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the device profile {file} is not TOML: {error}") from error
+        raise SettingsError(f"{what} is not TOML: {error}") from error
     except ValidationError as error:
         # A number may be text or table: pydantic then reports both, and names the branch in the key.
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
         )
-        raise SettingsError(f"the device profile {file} is wrong: {problems}") from error
+        raise SettingsError(f"{what} is wrong: {problems}") from error
+
+
+def _parse(data: bytes, file: str) -> DeviceProfile:
+    return parsed(DeviceProfile, data, f"the device profile {file}")
 
 
 def _single(number: Number) -> float:
