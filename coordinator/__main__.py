@@ -22,6 +22,7 @@ from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import load_strategy
+from coordinator.wall.collector import Wall
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
 from foundation.lock import hold
@@ -87,7 +88,8 @@ async def _run(s: CoordinatorSettings) -> int:
     with Store.open(s.folder) as store:
         live = Live(store)
         home = HomeAssistant(s, transport=transport, store=store, live=live)
-        engine = Engine(s, transport=transport, store=store, live=live, beside=[home.run])
+        wall = Wall(s, transport=transport, store=store, live=live)
+        engine = Engine(s, transport=transport, store=store, live=live, beside=[home.run, wall.run])
         async with live:
             return await _until_stopped(s, engine, store, live)
 

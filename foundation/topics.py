@@ -10,6 +10,8 @@ hedgerow/v1/{federation}/agents/{agent}/receipt        coordinator: receipts for
 hedgerow/v1/{federation}/agents/{agent}/refusal        agent
 hedgerow/v1/{federation}/agents/{agent}/telemetry      agent, QoS 0
 hedgerow/v1/{federation}/agents/{agent}/command        coordinator: cancel, stop, ...
+hedgerow/v1/{federation}/agents/{agent}/clock          agent, QoS 0: asks what time it is
+hedgerow/v1/{federation}/agents/{agent}/time           coordinator, QoS 0: says it, where a plug is joined
 hedgerow/v1/{federation}/agents/{agent}/predict        anyone who may: questions to its personal model
 hedgerow/v1/{federation}/agents/{agent}/answer         agent: answers to them
 hedgerow/v1/{federation}/agents/{agent}/prediction     agent: of its sensor's newest window  retained

@@ -22,6 +22,7 @@ from edge_agent.energy.board import Board
 from edge_agent.energy.container import busy_is_hidden, in_container
 from edge_agent.energy.idle import IdleBaseline
 from edge_agent.energy.sensor import EnergySensor, find_sensors
+from edge_agent.energy.timeline import Stretch, Timeline
 from edge_agent.energy.track import Share, Track
 from edge_agent.energy.uncertainty import PUBLISHED_IDLE, REPEATED_IDLE, Errors, Idle
 from edge_agent.energy.utilisation import CpuShare, ProcessShare
@@ -63,6 +64,7 @@ class Meter:
         threaded: bool = True,
         cpu: CpuShare | None = None,
         baseline: IdleBaseline | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """Take the sensors to use, best first (default: those of the profile that are here).
 
@@ -70,7 +72,8 @@ class Meter:
         `share="process"` the idle power is divided by `agents_on_host` and what is above it is charged by
         CPU share. Without `threaded` nobody samples but the edges and whoever calls `sample`. `asleep`
         returns the seconds that this machine has been suspended (default: the kernel's, with the default
-        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests.
+        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests; `timeline` says
+        when stages were, on a clock of its own.
         """
         if rate_hz <= 0 or agents_on_host < 1:
             raise SettingsError("the meter needs rate_hz above 0 and agents_on_host of at least 1")
@@ -108,6 +111,9 @@ class Meter:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._cpu_s = 0.0
+        self._timeline = timeline or Timeline()
+        self.taken: tuple[Stretch, ...] = ()
+        """When the stages of the window that was taken last were, on the timeline's clock."""
 
     @property
     def kind(self) -> Kind:
@@ -154,6 +160,7 @@ class Meter:
             if self._then_s is not None:
                 raise RuntimeError("the meter runs already")
             self._then_s = self._clock()
+            self._timeline.open()
             self._slept_s = self._asleep()
             for track in self._tracks():
                 track.open(self._then_s)
@@ -203,6 +210,7 @@ class Meter:
             elapsed = max(0.0, now - self._then_s)  # a clock that steps back gives no time
             self._then_s = now
             stage = self.current
+            self._timeline.mark(stage)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
             slept, self._slept_s = self._slept_s, self._asleep()
             suspended = self._slept_s - slept > _SUSPENDED_S
@@ -220,6 +228,7 @@ class Meter:
         with self._lock:
             ledger = self.peek()
             self._taken_j = _plus(self._taken_j, ledger)
+            self.taken = self._timeline.take()
             self._seconds.clear()
             self._flags.clear()
             for track in self._tracks():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.energy.plug import PLUGS, Plug, Shelly1, Shelly2, Tasmota, plug_of
 from foundation.errors import SettingsError
+from foundation.plug import PLUGS, Plug, Shelly1, Shelly2, Tasmota, plug_of
 
 ENERGY = {
     "TotalStartTime": "2025-11-01T08:00:00", "Total": 12.345, "Yesterday": 0.1, "Today": 0.05, "Period": 1,
