@@ -26,6 +26,7 @@ from edge_agent.calibration.loads import NOT_MEASURED, Load, plan
 from edge_agent.calibration.meters import HOW, NEEDS, CalibrationMeter, meter_of
 from edge_agent.calibration.session import Session, Timing
 from edge_agent.calibration.use import FOLDER, place_beside
+from edge_agent.energy.corrected import MOST_ERROR
 from edge_agent.energy.sensor import EnergySensor, find_sensors
 from edge_agent.settings import AgentSettings
 from edge_agent.vault import write_atomic
@@ -291,9 +292,11 @@ def _report(
         f" error bars ± {model.u_rel_gross:.1%} of all joules, ± {model.u_rel_net:.1%} above idle (k = 2)"
     )
     if made.sensor is not None:
+        much = made.sensor.error > MOST_ERROR
+        use = "off by too much to be applied" if much else "its readings are corrected by it"
         console.print(
             f"meter = {made.sensor.gain.v:.3f} x {made.sensor.name} {made.sensor.offset_w.v:+.3f} W, off by"
-            f" up to {made.sensor.error:.1%} [dim](written down, not applied)[/dim]"
+            f" up to {made.sensor.error:.1%} [dim]({use})[/dim]"
         )
     for breach in broken:
         mark = "[red]refused[/red]" if str(breach) in made.refused else "[yellow]forced[/yellow]"

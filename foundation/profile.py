@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from foundation.calibration import Calibration, ProfileFacts
+from foundation.calibration import Calibration, Correction, ProfileFacts
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
@@ -186,9 +186,13 @@ class DeviceProfile(Frozen):
     net: dict[str, dict[str, Number]] = Field(default_factory=dict)
     sensor: tuple[SensorEntry, ...] = ()
     source: tuple[Source, ...] = ()
+    correction: Correction | None = None
+    """Of one device's own sensor: a calibration puts it here, no file has it."""
 
     @model_validator(mode="after")
     def _sourced(self) -> DeviceProfile:
+        if self.correction is not None:
+            raise ValueError("correction: that is one device's, of its calibration, and no profile's")
         check_sources(self.numbers(), self.source)
         return self
 
@@ -214,7 +218,7 @@ class DeviceProfile(Frozen):
         return ProfileFacts(id=self.id, sha256=hashlib.sha256(said.encode()).hexdigest())
 
     def calibrated(self, calibration: Calibration) -> DeviceProfile:
-        """Return this profile with the calibration's power model in place of its own.
+        """Return this profile with the calibration's power model in place of its own, and its correction.
 
         A profile that listed no model gets it as its last sensor. Whether the calibration may be used is for
         `Calibration.unfit` to say, with the facts of the profile as it was published.
@@ -235,7 +239,8 @@ class DeviceProfile(Frozen):
         )
         listed = any(entry.name == MODEL_SENSOR for entry in self.sensor)
         sensors = self.sensor if listed else (*self.sensor, SensorEntry(name=MODEL_SENSOR))
-        return self.model_copy(update={"model": model, "sensor": sensors, "source": (*self.source, source)})
+        found = {"model": model, "sensor": sensors, "source": (*self.source, source)}
+        return self.model_copy(update={**found, "correction": calibration.correction})
 
     @classmethod
     def load(cls, which: str | Path) -> DeviceProfile:

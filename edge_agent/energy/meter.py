@@ -21,7 +21,7 @@ from typing import Literal, Self
 from edge_agent.energy.board import Board
 from edge_agent.energy.container import busy_is_hidden, in_container
 from edge_agent.energy.idle import IdleBaseline
-from edge_agent.energy.sensor import EnergySensor, find_sensors
+from edge_agent.energy.sensor import EnergySensor, find_sensors, found_by, sensor_class
 from edge_agent.energy.timeline import Stretch, Timeline
 from edge_agent.energy.track import Share, Track
 from edge_agent.energy.uncertainty import PUBLISHED_IDLE, REPEATED_IDLE, Errors, Idle
@@ -353,6 +353,7 @@ class Meter:
             sampling_j=share.spread.error(seen),
             edges_j=math.sqrt(share.edges),
             filled_j=fill.uncertainty,
+            cross_j2=sensor.cross_w * share.joules * seen,
         )
         gross = errors.gross(share.joules)
         if idle is None:
@@ -444,7 +445,8 @@ class _Fill:
 
 def _prober(profile: DeviceProfile, root: Path, sensor: EnergySensor) -> Callable[[], EnergySensor | None]:
     """Return what finds a sensor of the same class anew."""
-    return lambda: type(sensor).probe(profile, root)
+    kind = sensor_class(sensor.name)
+    return lambda: found_by(kind, profile, root)
 
 
 def _give_published_idle(sensor: EnergySensor, profile: DeviceProfile) -> bool:

@@ -43,7 +43,7 @@ class Utilisation:
         self.idle_w: float | None = model.idle_w
         self.u_rel: float | None = model.relative_gross
         self.u_rel_net: float | None = model.relative_net
-        self.offset_w = self.delay_s = 0.0
+        self.offset_w = self.cross_w = self.delay_s = 0.0
         self.sampled_w: float | None = None
         self.flags: tuple[str, ...] = FLAGS.get(model.basis, ())
         self.breaks = 0
@@ -100,6 +100,7 @@ class ProcessShare:
         self.u_rel: float | None = sensor.u_rel if u_rel is None else u_rel
         self.u_rel_net: float | None = self.u_rel
         self.offset_w, self.delay_s = sensor.offset_w / agents_on_host, sensor.delay_s
+        self.cross_w = 0.0  # its error bar is a model's
         self.flags: tuple[str, ...] = (*sensor.flags, "process_share")
         self.name = sensor.name
         self._sensor = sensor
