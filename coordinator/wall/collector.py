@@ -128,8 +128,8 @@ class Wall:
             return False
 
     async def _end(self) -> None:
-        until = self._clock() + END_S
-        while not await self.tick() and self._clock() < until:
+        until = time.monotonic() + END_S
+        while not await self.tick() and time.monotonic() < until:
             await asyncio.sleep(min(self._tick_s, 0.1))
         try:
             await self._join(final=True)

@@ -77,7 +77,9 @@ class Timeline:
 
 def thinned(stretches: Iterable[Stretch], most: int = MOST_SPANS, brief_s: float = BRIEF_S) -> list[Stretch]:
     """Return the same time in at most `most` stretches, none of them brief but where there is but one."""
-    found = list(stretches)
+    found: list[Stretch] = []
+    for stretch in stretches:
+        _append(found, stretch)
     while len(found) > 1:
         place = min(range(len(found)), key=lambda i: found[i].seconds)
         if found[place].seconds >= brief_s and len(found) <= most:

@@ -118,6 +118,21 @@ def test_a_plug_that_is_silent_for_three_periods_says_nothing() -> None:
     assert plug.watts(30.1) is None
 
 
+def test_steps_are_the_finest_that_were_ever_written_and_clocks_are_only_told() -> None:
+    plug = Tasmota("plug3")
+    plug.take("tele/plug3/SENSOR", tele("2031-01-01T00:00:00", Power=5, Total=12), 0.0)
+    assert (plug.step_w, plug.step_j, plug.own_clock) == (1.0, 3.6e6, "2031-01-01T00:00:00")
+    plug.take("tele/plug3/SENSOR", tele("1970-01-01T00:00:00", Power=5.25, Total=12.34567), 1.0)
+    plug.take("tele/plug3/SENSOR", tele("1970-01-01T00:00:01", Power=6, Total=12.4), 2.0)
+    assert (plug.step_w, plug.step_j) == (pytest.approx(0.01), pytest.approx(36.0))
+    assert Shelly1("x").own_clock is None
+
+
+def test_a_shelly_may_be_quiet_for_longer_than_a_minute_before_it_is_silent() -> None:
+    """Where nothing changes it tells of its energy once a minute, and of nothing else."""
+    assert Shelly2("x").silent_s > 60 >= Tasmota("x").silent_s
+
+
 @pytest.mark.parametrize(
     "text", ["", "plug3", "mqtt:", "mqtt:tasmota/", "tasmota:", "sonoff:x", "shelly:a/+/b", "shelly:x#one"]
 )
