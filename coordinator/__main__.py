@@ -27,6 +27,7 @@ from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import load_strategy
+from coordinator.wall.collector import Wall
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
 from foundation.hosts import is_loopback
@@ -105,7 +106,8 @@ async def _run(s: CoordinatorSettings) -> int:
         async with live:
             fleet = with_fleet(s, transport, store, live)
             home = HomeAssistant(s, transport=fleet.transport, store=store, live=live)
-            beside = [home.run, *fleet.lives]
+            wall = Wall(s, transport=fleet.transport, store=store, live=live)
+            beside = [home.run, wall.run, *fleet.lives]
             engine = Engine(s, transport=fleet.transport, store=store, live=live, beside=beside)
             fleet.watch(engine)
             return await _until_stopped(s, engine, store, live)

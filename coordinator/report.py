@@ -56,6 +56,7 @@ def update_summary(
         "metrics": dict(update.metrics),
         "kept_units": list(update.kept_units),
         "ledger": {stage: r.model_dump(mode="json") for stage, r in update.ledger.items()},
+        "timing": None if update.timing is None else update.timing.model_dump(mode="json"),
         "received_bytes": update.received_bytes,
         "wire_bytes": wire_bytes,
         "interface": update.interface,

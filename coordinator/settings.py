@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
+from foundation.plug import plug_of
 from foundation.spec import ModelSettings
 from foundation.work import Encoding
 
@@ -128,6 +130,8 @@ class EnrolmentSettings(Frozen):
     """Where devices reach the broker, for the line that `hedgerow coordinator invite` prints."""
     coordinator_reads: tuple[str, ...] = ()
     """More topics that the coordinator may read at the broker, such as those of smart plugs."""
+    coordinator_writes: tuple[str, ...] = ()
+    """More topics that it may write, such as those that ask a Tasmota plug."""
     devices_read: tuple[str, ...] = ()
     """More topics that every device may read, such as those of its sensors."""
 
@@ -155,6 +159,31 @@ class HomeAssistantSettings(Frozen):
         return {"enabled": value} if isinstance(value, bool) else value
 
 
+class WallSettings(Frozen):
+    """Smart plugs on the coordinator's broker, each with one device behind it."""
+
+    plugs: dict[str, str] = Field(default_factory=dict)
+    """By name of the agent: `mqtt:tasmota/PLUG`, `shelly:PREFIX` or `shelly1:ID`, as `calibrate --meter`."""
+    accuracy: float = Field(0.02, gt=0, le=1)
+    """Relative error of a plug's watts at k = 2."""
+    keep_days: float = Field(7.0, gt=0, le=3650)
+    """Days that a plug's readings are kept; what rounds drew stays."""
+
+    @field_validator("plugs")
+    @classmethod
+    def _one_each(cls, plugs: dict[str, str]) -> dict[str, str]:
+        taken: dict[tuple[str, str, int], str] = {}
+        for agent, text in plugs.items():
+            try:
+                plug = plug_of(text)
+            except SettingsError as error:
+                raise ValueError(f"{agent}: {error}") from error
+            other = taken.setdefault((plug.kind, plug.name, plug.channel), agent)
+            if other != agent:
+                raise ValueError(f"{other} and {agent} are on one plug, which cannot tell them apart: {text}")
+        return plugs
+
+
 class CoordinatorSettings(Frozen):
     """Everything in `coordinator.toml`."""
 
@@ -172,3 +201,4 @@ class CoordinatorSettings(Frozen):
     home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     run: RunSettings = RunSettings()
     budgets: BudgetSettings = BudgetSettings()
+    wall: WallSettings = WallSettings()

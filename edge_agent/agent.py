@@ -25,6 +25,7 @@ import psutil
 from pydantic import ValidationError
 
 from edge_agent.answer import arrived, kept, to_send, weights_of
+from edge_agent.clock import ClockComparison
 from edge_agent.conditions import Conditions
 from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
@@ -199,6 +200,7 @@ class Agent:
         limits: Limits | None = None,
         conditions: Conditions | None = None,
         int8: Literal["auto", "on", "off"] = "off",
+        utc: Callable[[], float] = time.time,
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
@@ -208,6 +210,7 @@ class Agent:
         `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
         `conditions` watches heat, clock and power mode of each round; without it updates do not tell.
         `int8` says whether exported weights become 8-bit integers (export/quantise.py).
+        `utc` is the device's clock, which is compared with the coordinator's.
         """
         self.name = checked_name(settings.agent, "agent")
         self.settings, self.transport, self.meter = settings, transport, meter
@@ -243,6 +246,7 @@ class Agent:
         self._yielding = Yielding(serve.p95_ms, self._serving.load, meter)
         self._loopback = Loopback(self._address, serve.api_key_file)
         self._answering, self._predicting = self._over_mqtt()
+        self._clock = ClockComparison(self._topic("clock"), self._topic("time"), utc=utc)
         self._courier = Courier(
             transport,
             frames=self._topic("assignment"),
@@ -307,7 +311,7 @@ class Agent:
             ):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
-            for more in (self._recorder, self._answering, self._predicting):
+            for more in (self._clock, self._recorder, self._answering, self._predicting):
                 if more is not None:
                     tasks.create_task(more.run(self.transport))
             async for letter in commands:
@@ -334,6 +338,7 @@ class Agent:
                 continue
             if presence.state == "online":
                 await self._introduce()
+                self._clock.wake(anew=True)
 
     @property
     def paused_s(self) -> float:
@@ -451,6 +456,7 @@ class Agent:
         if now is not None and now[0] == job.key[0] and now[1] >= job.key[1]:
             return  # in hand already, or a straggler of a round that is over
         await asyncio.to_thread(self.vault.receive, frame)
+        self._clock.wake()
         self._call_off()
         self._enqueue(job)
 
@@ -603,6 +609,7 @@ class Agent:
         artifact, problem = self._exported(a, spec, data, outcome, spent)
         delivered, self._delivered_bytes = self._delivered_bytes, 0
         traffic = self._interface.take() if self._interface else None
+        ledger = dict(self.meter.take() if self.limits.tally is None else self.limits.tally.take())
         update = Update(
             run=a.run,
             round=a.round,
@@ -610,7 +617,8 @@ class Agent:
             examples=data.examples,
             metrics=outcome.metrics,
             kept_units=outcome.kept_units,
-            ledger=dict(self.meter.take() if self.limits.tally is None else self.limits.tally.take()),
+            ledger=ledger,
+            timing=self._clock.timing(self.meter.taken),
             received_bytes=job.wire_bytes,
             sent_bytes=delivered,
             interface=traffic.interface if traffic else None,

@@ -29,6 +29,7 @@ from edge_agent.calibration.net_load import where
 from edge_agent.calibration.session import Session, Timing
 from edge_agent.calibration.use import FOLDER, place_beside, place_for
 from edge_agent.calibration.use import REFUSED as REFUSED_END
+from edge_agent.energy.corrected import MOST_ERROR
 from edge_agent.energy.gpu_load import GpuLoad, gpu_load
 from edge_agent.energy.link import Link
 from edge_agent.energy.sensor import EnergySensor, find_sensors
@@ -368,9 +369,11 @@ def _report(
     )
     _tell_terms(console, model)
     if made.sensor is not None:
+        much = made.sensor.error > MOST_ERROR
+        use = "off by too much to be applied" if much else "its readings are corrected by it"
         console.print(
             f"meter = {made.sensor.gain.v:.3f} x {made.sensor.name} {made.sensor.offset_w.v:+.3f} W, off by"
-            f" up to {made.sensor.error:.1%} [dim](written down, not applied)[/dim]"
+            f" up to {made.sensor.error:.1%} [dim]({use})[/dim]"
         )
     for breach in broken:
         mark = "[red]refused[/red]" if str(breach) in made.refused else "[yellow]forced[/yellow]"

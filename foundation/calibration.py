@@ -181,7 +181,7 @@ class FittedModel(Frozen):
 
 
 class FittedSensor(Frozen):
-    """The device's own sensor against the meter: P_meter = gain * P_sensor + offset. Stored, not applied."""
+    """The device's own sensor against the meter: P_meter = gain * P_sensor + offset."""
 
     name: Text
     scope: Scope
@@ -190,6 +190,17 @@ class FittedSensor(Frozen):
     covariance: tuple[tuple[float, ...], ...]
     error: Positive
     """Largest relative error over all steps."""
+
+
+class Correction(Frozen):
+    """A fitted sensor as it is applied: its readings become those of the meter that it was fitted against."""
+
+    fitted: FittedSensor
+    scope: Scope
+    """Where that meter sat."""
+    accuracy: Positive
+    """Relative error of what comes out at k = 2: the meter's, or how badly the line fits if that is more."""
+    made: AwareDatetime
 
 
 class Calibration(Frozen):
@@ -220,6 +231,14 @@ class Calibration(Frozen):
             return made.astimezone(UTC)
         except OverflowError as error:
             raise ValueError("is no date") from error
+
+    @property
+    def correction(self) -> Correction | None:
+        """What this makes of the device's own sensor; `None` where none was compared."""
+        if self.sensor is None:
+            return None
+        accuracy = max(self.meter.accuracy, self.sensor.error)
+        return Correction(fitted=self.sensor, scope=self.meter.scope, accuracy=accuracy, made=self.made)
 
     def unfit(self, profile: ProfileFacts, device: DeviceFacts, now: datetime) -> str | None:
         """Return why this must not be used for a profile on a device at a time; `None` if it may."""

@@ -17,6 +17,7 @@ from foundation.energy import EnergyReading, Stage
 from foundation.frozen import Frozen
 from foundation.parameters import Masks, Parameters
 from foundation.spec import ModelSpec
+from foundation.timing import Timing, Utc
 from foundation.work import LocalWork
 
 PROTOCOL = 1
@@ -160,6 +161,8 @@ class Update(Frozen):
     """Since the update before this one, headers and repeats included; `None` when nobody knows."""
     state: DeviceState | None = None
     """`None` where nobody looked, as with a simulated device."""
+    timing: Timing | None = None
+    """When the ledger's stages were; `None` where the coordinator knows no plug, and compares no clock."""
     artifact: Manifest | None = None
     problem: str | None = Field(None, max_length=2000)
     """What went wrong beside the training, such as an export that could not be proven."""
@@ -205,6 +208,20 @@ class Command(Frozen):
     run: str
     round: int
     reason: str = ""
+
+
+class ClockQuestion(Frozen):
+    """What is your time? Asked by an agent, answered where the coordinator knows a plug of its device."""
+
+    id: int = Field(ge=0, lt=2**53)
+
+
+class ClockAnswer(Frozen):
+    """The coordinator's time when a question came, and when its answer went."""
+
+    id: int = Field(ge=0, lt=2**53)
+    received_s: Utc
+    answered_s: Utc
 
 
 class Question(Frozen):

@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from foundation.calibration import Calibration, FittedLink, ProfileFacts, full_at
+from foundation.calibration import Calibration, Correction, FittedLink, ProfileFacts, full_at
 from foundation.energy import Scope
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
+
+F = TypeVar("F", bound=Frozen)
 
 UNKNOWN = "unknown-linux"
 """The profile of a machine that nobody recognised: no power model, so no joules."""
@@ -199,13 +201,14 @@ class DeviceProfile(Frozen):
     net: dict[str, dict[str, Number]] = Field(default_factory=dict)
     sensor: tuple[SensorEntry, ...] = ()
     source: tuple[Source, ...] = ()
+    correction: Correction | None = None
+    """Of one device's own sensor: a calibration puts it here, no file has it."""
 
     @model_validator(mode="after")
     def _sourced(self) -> DeviceProfile:
-        known = {source.id for source in self.source}
-        for key, number in self.numbers():
-            if number.src is not None and number.src not in known:
-                raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+        if self.correction is not None:
+            raise ValueError("correction: that is one device's, of its calibration, and no profile's")
+        check_sources(self.numbers(), self.source)
         return self
 
     def numbers(self) -> Iterator[tuple[str, Number]]:
@@ -230,7 +233,7 @@ class DeviceProfile(Frozen):
         return ProfileFacts(id=self.id, sha256=hashlib.sha256(said.encode()).hexdigest())
 
     def calibrated(self, calibration: Calibration) -> DeviceProfile:
-        """Return this profile with the calibration's power model in place of its own.
+        """Return this profile with the calibration's power model in place of its own, and its correction.
 
         A profile that listed no model gets it as its last sensor. Whether the calibration may be used is for
         `Calibration.unfit` to say, with the facts of the profile as it was published.
@@ -256,7 +259,8 @@ class DeviceProfile(Frozen):
         )
         listed = any(entry.name == MODEL_SENSOR for entry in self.sensor)
         sensors = self.sensor if listed else (*self.sensor, SensorEntry(name=MODEL_SENSOR))
-        return self.model_copy(update={"model": model, "sensor": sensors, "source": (*self.source, source)})
+        found = {"model": model, "sensor": sensors, "source": (*self.source, source)}
+        return self.model_copy(update={**found, "correction": calibration.correction})
 
     def flagged(self, *flags: str) -> DeviceProfile:
         """Return this profile with flags on what its power model says; without a model, itself."""
@@ -311,17 +315,30 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml") and n[0] != "_"))
 
 
-def _parse(data: bytes, file: str) -> DeviceProfile:
+def check_sources(numbers: Iterable[tuple[str, Number]], sources: Iterable[Source]) -> None:
+    """Raise `ValueError` with the key of the first number whose source is not among `sources`."""
+    known = {source.id for source in sources}
+    for key, number in numbers:
+        if number.src is not None and number.src not in known:
+            raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+
+
+def parsed(kind: type[F], data: bytes, what: str) -> F:
+    """Return a TOML file as `kind`; raises `SettingsError` that says `what` it is, and names the key."""
     try:
-        return DeviceProfile.model_validate(tomllib.loads(data.decode()))
+        return kind.model_validate(tomllib.loads(data.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the device profile {file} is not TOML: {error}") from error
+        raise SettingsError(f"{what} is not TOML: {error}") from error
     except ValidationError as error:
         # A number may be text or table: pydantic then reports both, and names the branch in the key.
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
         )
-        raise SettingsError(f"the device profile {file} is wrong: {problems}") from error
+        raise SettingsError(f"{what} is wrong: {problems}") from error
+
+
+def _parse(data: bytes, file: str) -> DeviceProfile:
+    return parsed(DeviceProfile, data, f"the device profile {file}")
 
 
 def _link(fitted: FittedLink | None) -> tuple[str, float, float] | None:

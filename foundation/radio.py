@@ -5,16 +5,15 @@ They are others' figures for others' radios. What a device's own radio costs is 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
-from foundation.profile import Number, Source
+from foundation.profile import Number, Source, check_sources, parsed
 
 FILE = "_radio.toml"
 
@@ -39,10 +38,7 @@ class RadioConstants(Frozen):
 
     @model_validator(mode="after")
     def _sourced(self) -> RadioConstants:
-        known = {source.id for source in self.source}
-        for key, number in self.numbers():
-            if number.src is not None and number.src not in known:
-                raise ValueError(f"{key}: there is no [[source]] with id {number.src!r}")
+        check_sources(self.numbers(), self.source)
         return self
 
     def numbers(self) -> Iterator[tuple[str, Number]]:
@@ -66,12 +62,4 @@ class RadioConstants(Frozen):
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Read a file's bytes; raises `SettingsError` that names the key."""
-        try:
-            return cls.model_validate(tomllib.loads(data.decode()))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError(f"firmware_profiles/{FILE} is not TOML: {error}") from error
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
-            )
-            raise SettingsError(f"firmware_profiles/{FILE} is wrong: {problems}") from error
+        return parsed(cls, data, f"firmware_profiles/{FILE}")

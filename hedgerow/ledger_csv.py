@@ -10,6 +10,8 @@ from typing import Any
 from coordinator.ledger.entries import Entry, Turn, grouped
 from coordinator.ledger.report import EnergyReport
 from coordinator.ledger.sums import is_known
+from coordinator.wall.join import WallRecord
+from foundation.energy import total
 from foundation.messages import DeviceState
 
 READING = (
@@ -37,7 +39,20 @@ ONCE = (
 """Of a device's whole round: in its first row only, so that a column can be added up."""
 STATE = tuple(DeviceState.model_fields)
 """The device's conditions in that round: in its first row as well."""
-COLUMNS = ("run", "round", "device", "profile", "stage", *READING, "flags", *ONCE, *STATE, "kept_units")
+WALL = ("wall_joules", "wall_uncertainty_joules", "wall_seconds", "wall_kind", "wall_plug", "wall_flags")
+"""What a smart plug said of the whole round: in its first row as well."""
+PHASE = ("wall_stage_joules", "wall_stage_uncertainty_joules", "wall_stage_seconds")
+"""The same of those stretches of the row's stage that lasted a minute or more; a part of `wall_joules`."""
+COLUMNS = (
+    *("run", "round", "device", "profile", "stage"),
+    *READING,
+    "flags",
+    *ONCE,
+    *STATE,
+    "kept_units",
+    *WALL,
+    *PHASE,
+)
 
 
 def csv_text(report: EnergyReport) -> str:
@@ -52,6 +67,7 @@ def csv_text(report: EnergyReport) -> str:
 def _rows(report: EnergyReport) -> Iterator[dict[str, Any]]:
     profiles = {device.agent: device.profile for device in report.devices}
     entries = grouped(report.entries, lambda entry: (entry.round, entry.agent))
+    walls = {(record.round, record.agent): record for record in report.wall.records} if report.wall else {}
     for turn in report.turns:
         device = {
             "run": report.run,
@@ -59,9 +75,10 @@ def _rows(report: EnergyReport) -> Iterator[dict[str, Any]]:
             "device": turn.agent,
             "profile": profiles[turn.agent],
         }
-        first = _once(turn)
+        record = walls.get((turn.round, turn.agent))
+        first = _once(turn) | _wall(record)
         for entry in entries.get((turn.round, turn.agent), []):
-            yield device | _reading(entry) | first
+            yield device | _reading(entry) | _phases(entry, record) | first
             first = {}
         if first:
             yield device | first  # an update without readings
@@ -78,3 +95,21 @@ def _once(turn: Turn) -> dict[str, Any]:
     state = {name: None if turn.state is None else getattr(turn.state, name) for name in STATE}
     kept = {"kept_units": "+".join(map(str, turn.kept_units))}
     return {name: getattr(turn, name) for name in ONCE} | state | kept
+
+
+def _wall(record: WallRecord | None) -> dict[str, Any]:
+    if record is None:
+        return {}
+    reading = record.reading
+    values = (reading.joules, reading.uncertainty_joules, reading.seconds, reading.kind, record.plug)
+    return dict(zip(WALL, (*values, " ".join(reading.flags)), strict=True))
+
+
+def _phases(entry: Entry, record: WallRecord | None) -> dict[str, Any]:
+    """Add up the stretches of one stage: one plug's error bars add up, as they share its gain."""
+    phases = record.phases if record is not None else ()
+    found = [phase.reading for phase in phases if phase.stage is entry.stage and is_known(phase.reading)]
+    if not found or len({reading.kind for reading in found}) > 1:
+        return {}
+    whole = total(found)
+    return dict(zip(PHASE, (whole.joules, whole.uncertainty_joules, whole.seconds), strict=True))

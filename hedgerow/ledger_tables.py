@@ -13,6 +13,8 @@ from coordinator.ledger.accuracy import PerPoint
 from coordinator.ledger.pairs import Missing, Ratio
 from coordinator.ledger.report import DeviceLedger, EnergyReport
 from coordinator.ledger.sums import Joules, Split
+from coordinator.ledger.wall import WallDevice, WallLedger
+from coordinator.wall.join import WallRecord
 from foundation.energy import Kind
 from hedgerow.demo_screen import bytes_text
 
@@ -21,7 +23,7 @@ SHOWN = 24
 """Devices, rounds and remarks that a table lists before it counts the rest."""
 NAME = 16
 """Characters of a name on one line."""
-LEFT = frozenset({"device", "kind", "scope", "sensor", "stage", "model"})
+LEFT = frozenset({"device", "kind", "scope", "sensor", "stage", "model", "own kind", "own scope"})
 
 Row = tuple[str, ...]
 
@@ -80,6 +82,8 @@ def grids(report: EnergyReport) -> Iterator[Grid]:
         list(_totals(report.total)),
     )
     yield _devices(report.devices)
+    if report.wall is not None:
+        yield from _walls(report.wall)
     yield _bytes(report)
     yield Grid(
         "stages",
@@ -181,6 +185,56 @@ def _device(device: DeviceLedger) -> Iterator[Row]:
         yield device.agent, kind, scope, sensors if known else DASH, joules, seconds, seen if known else DASH
 
 
+def _walls(wall: WallLedger) -> Iterator[Grid]:
+    yield Grid(
+        "at the wall, by smart plugs, beside the devices' own figures of the same rounds; never added",
+        ("device", "rounds", "kind", "wall J ± (k=2)", "seconds", "own kind", "own scope", "own J ± (k=2)"),
+        [row for device in wall.devices for row in _wall_device(device)],
+        (*_supplies(wall), *(f"{device.agent}: {_plug(device)}" for device in wall.devices[:SHOWN])),
+    )
+    phases = [row for record in wall.records for row in _wall_phases(record)]
+    if phases:
+        yield Grid(
+            "at the wall: stretches of a minute or more",
+            ("round", "device", "stage", "kind", "wall J ± (k=2)", "seconds", "also in it"),
+            phases,
+            newest=True,
+        )
+
+
+def _wall_device(device: WallDevice) -> Iterator[Row]:
+    """Give the wall's figures beside the device's own, which have rows of their own."""
+    walls = [(kind, joules, seconds) for kind, _, joules, seconds in _energy(device.energy)]
+    owns = [(kind, scope, joules) for kind, scope, joules, _ in _energy(device.own)]
+    rounds = f"{len(device.rounds)}/{len(device.rounds) + len(device.missing)}"
+    for place in range(max(1, len(walls), len(owns))):
+        at_wall = walls[place] if place < len(walls) else (DASH,) * 3
+        own = owns[place] if place < len(owns) else (DASH,) * 3
+        yield (device.agent, rounds if place == 0 else "", *at_wall, *own)
+
+
+def _wall_phases(record: WallRecord) -> Iterator[Row]:
+    for phase in record.phases:
+        reading = phase.reading
+        known = reading.joules is not None
+        bar = "?" if reading.uncertainty_joules is None else number(reading.uncertainty_joules)
+        joules = f"{number(reading.joules)} ± {bar}" if reading.joules is not None else DASH
+        also = "+".join(phase.also) or DASH
+        kind = reading.kind if known else "unknown"
+        yield str(record.round), record.agent, phase.stage, kind, joules, number(reading.seconds), also
+
+
+def _supplies(wall: WallLedger) -> Iterator[str]:
+    told = [f"{d.agent} {d.own_over_wall:.2f}" for d in wall.devices if d.own_over_wall is not None]
+    if told:
+        yield f"own over wall: {', '.join(told[:SHOWN])}"
+
+
+def _plug(device: WallDevice) -> str:
+    flags = f" (flags: {', '.join(device.flags)})" if device.flags else ""
+    return "+".join(device.plugs) + flags
+
+
 def _bytes(report: EnergyReport) -> Grid:
     radiated = report.radiated
     columns: Row = ("device", "updates", "payload down", "payload up", "interface down", "interface up")
@@ -266,6 +320,7 @@ def remarks(report: EnergyReport) -> list[str]:
     if silent:
         times = "once" if silent == 1 else f"{silent} times"
         found.append(f"{times} an agent of a round sent no update: what it used is in no figure")
+    found += _wall_remarks(report.wall)
     if not report.pruning.devices and report.pruning.missing:
         why = "; ".join(dict.fromkeys(missing.why for missing in report.pruning.missing))
         found.append(f"dense against pruned is not available: {why}")
@@ -273,6 +328,19 @@ def remarks(report: EnergyReport) -> list[str]:
         found.append(f"unreadable, and in no figure ({_count(len(report.skipped), 'part')} of updates):")
         found += [f"  round {s.round}, {s.agent}: {s.what}" for s in report.skipped[:SHOWN]]
     return found
+
+
+def _wall_remarks(wall: WallLedger | None) -> Iterator[str]:
+    for device in wall.devices if wall is not None else ():
+        if device.implausible:
+            yield (
+                f"{device.agent}: its plug says less than the board behind it measured, beyond both error"
+                " bars: one of the two is wrong, or the plug is another device's"
+            )
+        for why in dict.fromkeys(missing.why for missing in device.missing):
+            rounds = [str(missing.round) for missing in device.missing if missing.why == why]
+            shown = ", ".join(rounds[:SHOWN]) + (" ..." if len(rounds) > SHOWN else "")
+            yield f"{device.agent}: no joules at the wall in round {shown}: {why}"
 
 
 def _without_joules(devices: Sequence[DeviceLedger]) -> Iterator[str]:

@@ -12,10 +12,17 @@ from typing import Any
 
 from coordinator.engine import Engine
 from coordinator.live import Live
-from coordinator.settings import BudgetSettings, CoordinatorSettings, HttpSettings, RunSettings
+from coordinator.settings import (
+    BudgetSettings,
+    CoordinatorSettings,
+    HttpSettings,
+    RunSettings,
+    WallSettings,
+)
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
-from edge_agent.agent import OFFLINE, Agent
+from coordinator.wall.collector import Wall
+from edge_agent.agent import OFFLINE, Agent, CarryOut
 from edge_agent.conditions import Conditions
 from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
@@ -73,6 +80,12 @@ class Fleet:
     threads: int = 1
     serve: dict[str, ServeSettings] = field(default_factory=dict)
     """Agents that answer requests, and how."""
+    wall: WallSettings = field(default_factory=WallSettings)
+    """Agents behind smart plugs."""
+    carry_out: dict[str, CarryOut] = field(default_factory=dict)
+    """How agents work that do not only train."""
+    utc: dict[str, Callable[[], float]] = field(default_factory=dict)
+    """Agents whose clock is another."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -86,13 +99,20 @@ class Fleet:
             http=HttpSettings(enabled=False),
             run=self.run,
             budgets=self.budgets,
+            wall=self.wall,
         )
         will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
         with Store.open(settings.folder, clock=self.clock) as self.store:
             async with Live(self.store) as live:
                 transport = self.dial("coordinator", will)
+                wall = Wall(settings, transport=transport, store=self.store, live=live, tick_s=0.1)
                 self.engine = Engine(
-                    settings, transport=transport, store=self.store, live=live, clock=self.clock
+                    settings,
+                    transport=transport,
+                    store=self.store,
+                    live=live,
+                    clock=self.clock,
+                    beside=[wall.run],
                 )
                 await self.engine.serve()
 
@@ -116,7 +136,8 @@ class Fleet:
                 threads=self.threads,
                 load_data=lambda: self.load(seed),
                 retry_s=0.05,
-                carry_out=metered.carry_out if metered else None,
+                carry_out=metered.carry_out if metered else self.carry_out.get(name),
+                utc=self.utc.get(name, time.time),
                 limits=limits(meter, settings.vault) if limits else None,
                 conditions=Conditions(self.conditions) if self.conditions else None,
             )

@@ -1,7 +1,8 @@
 """`python -m tests.scripted_plug`: a smart plug on a real broker, whose watts follow the machine's load.
 
 Watts are `idle + (full - idle) * busy share` over each interval, with 1 % noise; the counter adds the same
-joules. It writes down everything that others publish to it, and begins with a retained lie.
+joules. With `--ramp` they do not: `idle + ramp * (UTC - start)`, so that every second has its own power. It
+writes down everything that others publish to it, and begins with a retained lie.
 """
 
 from __future__ import annotations
@@ -41,6 +42,24 @@ class Device:
         self.watts = (self.idle_w + (self.full_w - self.idle_w) * share) * self._rng.gauss(1, 0.01)
         self.joules += self.watts * seconds
         self._time_s, self._busy_s = now_s, busy_s
+
+
+class Ramp(Device):
+    """A device whose power follows the clock."""
+
+    def __init__(self, idle_w: float, per_s: float, start_s: float) -> None:
+        super().__init__(idle_w, idle_w, 0)
+        self._per_s, self._start_s = per_s, start_s
+
+    def step(self) -> None:
+        now_s = time.time()
+        self.watts = self.idle_w + self._per_s * (now_s - self._start_s)
+        self.joules = 1e6 + ramp_joules(self.idle_w, self._per_s, 0.0, now_s - self._start_s)
+
+
+def ramp_joules(idle_w: float, per_s: float, start_s: float, end_s: float) -> float:
+    """The energy of such a device between two times since its start."""
+    return (end_s - start_s) * (idle_w + per_s * (start_s + end_s) / 2)
 
 
 def _busy_s() -> float:
@@ -95,5 +114,9 @@ if __name__ == "__main__":
     parser.add_argument("--full", type=float, required=True)
     parser.add_argument("--heard", type=Path, required=True)
     parser.add_argument("--busy", type=Path)
+    parser.add_argument("--ramp", type=float)
+    parser.add_argument("--start", type=float)
     told = parser.parse_args()
-    asyncio.run(run(told.kind, told.name, told.port, Device(told.idle, told.full, 0, told.busy), told.heard))
+    load = Device(told.idle, told.full, 0, told.busy)
+    behind = load if told.ramp is None else Ramp(told.idle, told.ramp, told.start)
+    asyncio.run(run(told.kind, told.name, told.port, behind, told.heard))

@@ -21,6 +21,7 @@ def access_of(s: CoordinatorSettings, records: FleetRecords, secret: FleetSecret
         devices=[Account(d.agent, secret.password(d)) for d in devices],
         joining=[Account(token.user, token.password) for token in tokens],
         coordinator_reads=s.enrolment.coordinator_reads,
+        coordinator_writes=s.enrolment.coordinator_writes,
         devices_read=s.enrolment.devices_read,
         home_prefix=s.home_assistant.prefix,
     )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from coordinator.store.records import RoundRecord, RunRecord, state_of
 from coordinator.store.sql import Store
+from coordinator.wall.join import WallRecord
 from foundation.energy import EnergyReading, Stage
 from foundation.frozen import Frozen
 from foundation.messages import AgentCard, DeviceState, Json
@@ -82,6 +83,8 @@ class Book:
     turns: tuple[Turn, ...]
     skipped: tuple[Skipped, ...]
     cards: Mapping[str, AgentCard | None]
+    wall: tuple[WallRecord, ...] = ()
+    """What smart plugs said of updates: beside the entries, never among them."""
 
     @property
     def run(self) -> str:
@@ -110,6 +113,8 @@ def read(store: Store, run: str) -> Book:
         found = list(_entries(agent, number, told))
         entries += [one for one in found if isinstance(one, Entry)]
         skipped += [one for one in found if isinstance(one, Skipped)]
+    wall = [_wall(agent, number, text) for number, agent, text in store.walls(run)]
+    skipped += [one for one in wall if isinstance(one, Skipped)]
     return Book(
         record=record,
         spec=_spec(record.spec_json),
@@ -119,6 +124,7 @@ def read(store: Store, run: str) -> Book:
         turns=tuple(turns),
         skipped=tuple(skipped),
         cards=store.cards(),
+        wall=tuple(one for one in wall if isinstance(one, WallRecord)),
     )
 
 
@@ -128,6 +134,13 @@ def _object(text: str) -> Json | None:
     except (ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) else None
+
+
+def _wall(agent: str, number: int, text: str) -> WallRecord | Skipped:
+    try:
+        return WallRecord.model_validate_json(text)
+    except ValidationError:
+        return Skipped(agent=agent, round=number, what="what its plug said")
 
 
 def _spec(text: str) -> ModelSpec | None:

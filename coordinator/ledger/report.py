@@ -10,6 +10,7 @@ from coordinator.ledger.entries import Book, Entry, Skipped, Turn, grouped
 from coordinator.ledger.pairs import Against, Pruning, against, pruning
 from coordinator.ledger.radiated import Fixed, Radiation, cell, with_radiated
 from coordinator.ledger.sums import Split, is_known, split
+from coordinator.ledger.wall import WallLedger, wall_ledger
 from coordinator.store.records import RunState
 from foundation.energy import Stage
 from foundation.frozen import Frozen
@@ -103,6 +104,8 @@ class EnergyReport(Frozen):
     pruning: Pruning
     against: Against | None
     radiated: Radiation | None
+    wall: WallLedger | None = None
+    """What smart plugs said, beside all this and in none of its sums; `None` without plugs."""
     skipped: tuple[Skipped, ...]
     """What could not be read and is in no figure."""
     entries: tuple[Entry, ...]
@@ -140,6 +143,7 @@ def energy_report(
         pruning=pruning(book),
         against=None if other is None else against(book, other, other_name or other.run),
         radiated=radiated,
+        wall=wall_ledger(book, profiles),
         skipped=book.skipped,
         entries=book.entries,
         turns=turns,

@@ -11,15 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from pydantic import Field
 
-from coordinator.ledger.entries import Entry
 from foundation.energy import EnergyReading, Kind, Scope
 from foundation.frozen import Frozen
 
 KNOWN = (Kind.MEASURED, Kind.MIXED, Kind.MODELLED)
+
+
+class Told(Protocol):
+    """A reading of one device."""
+
+    @property
+    def agent(self) -> str:
+        """The device."""
+        ...
+
+    @property
+    def reading(self) -> EnergyReading:
+        """Joules over seconds."""
+        ...
 
 
 class Joules(Frozen):
@@ -110,7 +123,7 @@ class Tally:
     _sums: dict[tuple[Kind, Scope], dict[str, _Sum]] = field(default_factory=dict)
     _unknown: _Sum = field(default_factory=_Sum)
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[Told]) -> None:
         """Count these entries in."""
         for entry in entries:
             reading = entry.reading
@@ -160,7 +173,7 @@ def is_known(reading: EnergyReading) -> bool:
     return reading.joules is not None and reading.kind is not Kind.NONE
 
 
-def split(entries: Iterable[Entry], profiles: Mapping[str, str | None]) -> Split:
+def split(entries: Iterable[Told], profiles: Mapping[str, str | None]) -> Split:
     """Return the split of these entries; `profiles` by agent say whose model is the same."""
     tally = Tally(profiles)
     tally.add(entries)

@@ -114,6 +114,33 @@ class EventRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PlugRecord:
+    """A plug that a device is on."""
+
+    id: int
+    agent: str
+    plug: str
+    """As the settings name it."""
+    since: float
+    """UTC seconds since the epoch: what was before is not joined to it."""
+    step_j: float | None
+    """Finest step of its total so far; `None` before it has told one."""
+    step_w: float | None
+    """The same of its watts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlugReading:
+    """What a plug said; `None` for what it did not."""
+
+    at: float
+    """When it arrived here, UTC seconds since the epoch."""
+    watts: float | None
+    joules: float | None
+    """Its own total."""
+
+
+@dataclass(frozen=True, slots=True)
 class NewEvent:
     """An event on its way into the store; `when` is set by the store if it is `None`."""
 

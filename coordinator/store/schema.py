@@ -20,7 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from foundation.errors import StoreError
 
-REVISION = "0002"
+REVISION = "0003"
 MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "hedgerow.sqlite"
 PATIENCE_S = 30.0
@@ -166,6 +166,37 @@ audit = sa.Table(
     sa.Column("what", sa.Text, nullable=False),
     sa.Column("of", sa.Text, nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+)
+
+plugs = sa.Table(
+    "plugs",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("agent", sa.Text, nullable=False),
+    sa.Column("plug", sa.Text, nullable=False),
+    sa.Column("since", sa.Float(53), nullable=False),
+    sa.Column("step_j", sa.Float(53)),
+    sa.Column("step_w", sa.Float(53)),
+    sa.UniqueConstraint("agent", "plug"),
+)
+
+plug_readings = sa.Table(
+    "plug_readings",
+    metadata,
+    sa.Column("plug", _Id, sa.ForeignKey("plugs.id"), primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Float(53), primary_key=True, autoincrement=False),
+    sa.Column("watts", sa.Float(53)),
+    sa.Column("joules", sa.Float(53)),
+)
+
+walls = sa.Table(
+    "walls",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("record_json", sa.Text, nullable=False),
+    sa.ForeignKeyConstraint(["run", "round", "agent"], ["updates.run", "updates.round", "updates.agent"]),
 )
 
 # Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
+from coordinator.store.plugs import PlugVerbs
 from coordinator.store.records import (
     RUN_STATES,
     AgentRecord,
@@ -48,8 +49,8 @@ STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
 
-class Store:
-    """Runs, agents, rounds, updates, refusals, artifacts and events of one coordinator."""
+class Store(PlugVerbs):
+    """Runs, agents, rounds, updates, refusals, artifacts, events and plugs of one coordinator."""
 
     def __init__(self, engine: Engine, blobs: Blobs, clock: Callable[[], float]) -> None:
         self._engine = engine

@@ -25,16 +25,15 @@ from typing import Literal, Protocol
 from edge_agent.calibration.logged import Log, read_log
 from edge_agent.calibration.plug_reader import PlugReader
 from edge_agent.energy.files import NumberFile
-from edge_agent.energy.plug import STALE_PERIODS, Plug, Reading, plug_of
 from foundation.calibration import MeterKind
 from foundation.energy import Scope
 from foundation.errors import SensorError, SettingsError
 from foundation.mqtt import MqttSettings
+from foundation.plug import PULSE_J, STALE_PERIODS, Plug, Reading, plug_of
 
 HOW = "write mqtt:tasmota/PLUG, shelly:PREFIX, shelly1:ID, sysfs:/sys/class/hwmon/hwmonN, csv:FILE or manual"
 FINE = 0.01
 """A counter's difference is taken where a step of it is less than this share of the hold's joules."""
-PULSE_J = 12.0
 PULSES = 50
 """A plug of the usual kind sees a pulse every twelve joules; so many make an error of 2 %."""
 MOST_HOLD_S = 600.0

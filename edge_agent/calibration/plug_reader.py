@@ -14,12 +14,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from edge_agent.energy.plug import Plug, Reading
 from foundation.errors import HedgerowError, SensorError
 from foundation.mqtt import MqttSettings, MqttTransport
+from foundation.plug import Plug, Reading, keep_asking
 
-ASK_S = 1.0
-"""Tasmota measures once a second."""
 JOIN_S = 10.0
 
 
@@ -80,7 +78,7 @@ class PlugReader:
         name = f"hedgerow-calibrate-{os.getpid()}"
         async with MqttTransport(self._settings, name, clean=True) as transport:
             letters = await transport.subscribe(*self.plug.topics)
-            asking = asyncio.create_task(self._ask(transport))
+            asking = asyncio.create_task(keep_asking(self.plug, transport))
             self._ready.set()
             try:
                 async for letter in letters:
@@ -92,9 +90,3 @@ class PlugReader:
             finally:
                 asking.cancel()
         raise SensorError("the connection to the broker was closed")
-
-    async def _ask(self, transport: MqttTransport) -> None:
-        question = self.plug.question
-        while question is not None:
-            await transport.publish(*question, qos=0)
-            await asyncio.sleep(ASK_S)

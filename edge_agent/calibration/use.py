@@ -116,5 +116,7 @@ def logged(use: Use) -> DeviceProfile:
         )
     elif use.calibration is not None:
         made, bar = use.calibration.made, use.calibration.model.u_rel_gross
-        logger.info("calibrated", extra={"file": str(use.path), "made": f"{made:%Y-%m-%d}", "u_rel": bar})
+        own = {} if use.calibration.sensor is None else {"sensor": use.calibration.sensor.name}
+        facts = {"file": str(use.path), "made": f"{made:%Y-%m-%d}", "u_rel": bar}
+        logger.info("calibrated", extra=facts | own)
     return use.profile

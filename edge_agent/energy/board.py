@@ -1,7 +1,7 @@
 """What changes a board's power and speed under a measurement: throttling, low voltage, mains or battery.
 
-Read at the edges of stages, through descriptors that stay open; on a machine that shows none of it nothing is
-read. `root` is the root of a file system, so that a test can build one.
+Read at the edges of stages, counters through descriptors that stay open; on a machine that shows none of it
+nothing is read. `root` is the root of a file system, so that a test can build one.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_agent.energy.files import NumberFile, text_of
+from edge_agent.surroundings import SUPPLIES, on_mains
 
 PI_BITS = "sys/devices/platform/soc/soc:firmware/get_throttled"
 UNDER_VOLTAGE, CAPPED, THROTTLED, SOFT_LIMIT = 1, 2, 4, 8
 """The Raspberry Pi firmware's bits of this moment; the same ones 16 higher say that it has happened."""
 NOW = UNDER_VOLTAGE | CAPPED | THROTTLED | SOFT_LIMIT
 EVER = NOW << 16
-SUPPLY = "sys/class/power_supply"
 
 
 def throttle_bits(text: str) -> int | None:
@@ -38,19 +38,9 @@ class Board:
         self._root = root if (root / PI_BITS).exists() else None
         counters = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
         self._counters = [NumberFile(path) for path in sorted(counters)]
-        self._mains = [
-            NumberFile(path.parent / "online")
-            for path in sorted((root / SUPPLY).glob("*/type"))
-            if text_of(path) in ("Mains", "USB")
-        ]
+        self._supplied = root if any((root / SUPPLIES).glob("*")) else None
         self._throttled = self._count()
-        self._on_mains = self.on_mains()
-
-    def on_mains(self) -> bool | None:
-        """Whether a supply is plugged in; `None` on a board that does not say."""
-        states = [file.read() for file in self._mains]
-        known = [state for state in states if state is not None]
-        return any(state > 0 for state in known) if known else None
+        self._on_mains = self._mains()
 
     def flags(self) -> tuple[str, ...]:
         """Return what happened since the last call, or holds now, as flags of a reading."""
@@ -62,11 +52,15 @@ class Board:
         self._throttled = count
         if (bits is not None and bits & (CAPPED | THROTTLED | SOFT_LIMIT)) or count > before:
             found.append("throttled")
-        mains, had = self.on_mains(), self._on_mains
+        mains, had = self._mains(), self._on_mains
         self._on_mains = mains
         if mains != had:
             found.append("supply_changed")
         return tuple(found)
+
+    def _mains(self) -> bool:
+        """Whether the board runs on mains, by the rule of the owner's limits; one without supplies does."""
+        return self._supplied is None or on_mains(self._supplied)
 
     def _count(self) -> int:
         """Return how often x86 cores were throttled, as far as they say."""

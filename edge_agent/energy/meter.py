@@ -21,7 +21,8 @@ from typing import Literal, Self
 from edge_agent.energy.board import Board
 from edge_agent.energy.container import busy_is_hidden, in_container
 from edge_agent.energy.idle import IdleBaseline
-from edge_agent.energy.sensor import EnergySensor, find_sensors
+from edge_agent.energy.sensor import EnergySensor, find_sensors, found_by, sensor_class
+from edge_agent.energy.timeline import Stretch, Timeline
 from edge_agent.energy.track import Share, Track
 from edge_agent.energy.uncertainty import PUBLISHED_IDLE, REPEATED_IDLE, Errors, Idle
 from edge_agent.energy.utilisation import CpuShare, ProcessShare, Utilisation
@@ -64,6 +65,7 @@ class Meter:
         cpu: CpuShare | None = None,
         baseline: IdleBaseline | None = None,
         renewed: Callable[[], DeviceProfile] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """Take the sensors to use, best first (default: those of the profile that are here).
 
@@ -71,7 +73,8 @@ class Meter:
         `share="process"` the idle power is divided by `agents_on_host` and what is above it is charged by
         CPU share. Without `threaded` nobody samples but the edges and whoever calls `sample`. `asleep`
         returns the seconds that this machine has been suspended (default: the kernel's, with the default
-        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests. `renewed`
+        clock), `cpu` its CPU times; `baseline` measures the idle power while the agent rests; `timeline`
+        says when stages were, on a clock of its own. `renewed`
         returns the profile anew when a model says that it is outdated: its model counts from the next window.
         """
         if rate_hz <= 0 or agents_on_host < 1:
@@ -111,6 +114,9 @@ class Meter:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._cpu_s = 0.0
+        self._timeline = timeline or Timeline()
+        self.taken: tuple[Stretch, ...] = ()
+        """When the stages of the window that was taken last were, on the timeline's clock."""
 
     @property
     def kind(self) -> Kind:
@@ -157,6 +163,7 @@ class Meter:
             if self._then_s is not None:
                 raise RuntimeError("the meter runs already")
             self._then_s = self._clock()
+            self._timeline.open()
             self._slept_s = self._asleep()
             for track in self._tracks():
                 track.open(self._then_s)
@@ -206,6 +213,7 @@ class Meter:
             elapsed = max(0.0, now - self._then_s)  # a clock that steps back gives no time
             self._then_s = now
             stage = self.current
+            self._timeline.mark(stage)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
             slept, self._slept_s = self._slept_s, self._asleep()
             suspended = self._slept_s - slept > _SUSPENDED_S
@@ -223,6 +231,7 @@ class Meter:
         with self._lock:
             ledger = self.peek()
             self._taken_j = _plus(self._taken_j, ledger)
+            self.taken = self._timeline.take()
             self._seconds.clear()
             self._flags.clear()
             for track in self._tracks():
@@ -363,6 +372,7 @@ class Meter:
             sampling_j=share.spread.error(seen),
             edges_j=math.sqrt(share.edges),
             filled_j=fill.uncertainty,
+            cross_j2=sensor.cross_w * share.joules * seen,
         )
         gross = errors.gross(share.joules)
         if idle is None:
@@ -454,7 +464,8 @@ class _Fill:
 
 def _prober(profile: DeviceProfile, root: Path, sensor: EnergySensor) -> Callable[[], EnergySensor | None]:
     """Return what finds a sensor of the same class anew."""
-    return lambda: type(sensor).probe(profile, root)
+    kind = sensor_class(sensor.name)
+    return lambda: found_by(kind, profile, root)
 
 
 def _give_published_idle(sensor: EnergySensor, profile: DeviceProfile) -> bool:

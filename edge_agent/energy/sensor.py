@@ -40,6 +40,9 @@ class EnergySensor(Protocol):
     """The same for its joules above idle, where that is known apart from `u_rel` (a model's)."""
     offset_w: float
     """Error of each of its watts that does not grow with them, at k = 2: half a step of its converter."""
+    cross_w: float
+    """The square of its error bar is (u_rel J)² + (offset_w s)² + cross_w J s: what both errors have in
+    common, below 0 where they make up for each other (a corrected sensor's), 0 where they are independent."""
     delay_s: float
     """How late it shows a change: half of the window that it averages over."""
     flags: tuple[str, ...]
@@ -82,6 +85,7 @@ class _Sensor(ABC):
         self.u_rel: float | None = None
         self.u_rel_net: float | None = None
         self.offset_w = 0.0
+        self.cross_w = 0.0
         self.delay_s = 0.0
         self.sampled_w: float | None = None
         self.flags: tuple[str, ...] = ()
@@ -227,10 +231,18 @@ def _module(name: str) -> ModuleType:
 
 
 def find_sensors(profile: DeviceProfile, root: Path = Path("/")) -> Sequence[EnergySensor]:
-    """Return the profile's sensors that are here, in the profile's order of preference.
+    """Return the profile's sensors that are here, corrected, in the profile's order of preference.
 
     Raises `SettingsError` if the profile names a sensor that does not exist.
     """
     classes = [sensor_class(entry.name) for entry in profile.sensor]
-    probed = [cls.probe(profile, root) for cls in classes]
+    probed = [found_by(cls, profile, root) for cls in classes]
     return [sensor for sensor in probed if sensor is not None]
+
+
+def found_by(kind: type[EnergySensor], profile: DeviceProfile, root: Path) -> EnergySensor | None:
+    """Return the sensor of this class if there is one here, with the profile's correction if it has one."""
+    from edge_agent.energy.corrected import corrected  # which is a sensor itself
+
+    sensor = kind.probe(profile, root)
+    return None if sensor is None else corrected(sensor, profile.correction)

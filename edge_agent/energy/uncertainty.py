@@ -75,10 +75,13 @@ class Errors:
     edges_j: float = 0.0
     filled_j: float = 0.0
     """Of what a model, or the rest of the stage, put into holes."""
+    cross_j2: float = 0.0
+    """What gain and offset have in common, J²; below 0 where they make up for each other."""
 
     def gross(self, joules: float) -> float:
         """Return the error bar of all joules; `joules` are those the sensor saw."""
-        return math.hypot(self.gain * joules, self.offset_j, self.sampling_j, self.edges_j, self.filled_j)
+        line = max(0.0, (self.gain * joules) ** 2 + self.offset_j**2 + self.cross_j2)
+        return math.hypot(math.sqrt(line), self.sampling_j, self.edges_j, self.filled_j)
 
     def net(self, joules: float, seconds: float, idle: Idle) -> float:
         """Return the error bar of the joules above `idle`.

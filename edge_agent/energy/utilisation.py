@@ -58,7 +58,7 @@ class Utilisation:
         self.idle_w: float | None = model.idle_w
         self.u_rel: float | None = model.relative_gross
         self.u_rel_net: float | None = model.relative_net
-        self.offset_w = self.delay_s = 0.0
+        self.offset_w = self.cross_w = self.delay_s = 0.0
         self.sampled_w: float | None = None
         self._always = tuple(dict.fromkeys((*FLAGS.get(model.basis, ()), *model.flags)))
         self.flags: tuple[str, ...] = self._always
@@ -159,6 +159,7 @@ class ProcessShare:
         self.u_rel: float | None = sensor.u_rel if u_rel is None else u_rel
         self.u_rel_net: float | None = self.u_rel
         self.offset_w, self.delay_s = sensor.offset_w / agents_on_host, sensor.delay_s
+        self.cross_w = 0.0  # its error bar is a model's
         self.flags: tuple[str, ...] = (*sensor.flags, "process_share")
         self.name = sensor.name
         self._sensor = sensor

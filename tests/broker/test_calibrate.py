@@ -23,11 +23,11 @@ from edge_agent.calibration.meters import PlugMeter, Span
 from edge_agent.calibration.net_load import where
 from edge_agent.calibration.plug_reader import PlugReader
 from edge_agent.energy.link import Link
-from edge_agent.energy.plug import plug_of
 from edge_agent.traffic import interface_to
 from foundation.calibration import read_calibration
 from foundation.errors import SensorError
 from foundation.mqtt import MqttSettings
+from foundation.plug import plug_of
 from foundation.process import bound_to_parent
 from foundation.profile import DeviceProfile
 from tests.broker.conftest import LONG, ONE

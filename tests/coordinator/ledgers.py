@@ -11,7 +11,8 @@ from coordinator.ledger.entries import Book, read
 from coordinator.store import schema
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
-from foundation.energy import EnergyReading, Kind, Scope
+from coordinator.wall.join import WallPhase, WallRecord
+from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.messages import AgentCard
 from tests.coordinator.filled_store import NOON
 
@@ -90,3 +91,32 @@ def spoil(store: Store, round: int, agent: str, text: str) -> None:
     change = sa.update(table).where(table.c.round == round, table.c.agent == agent)
     with store._writing() as connection:
         assert connection.execute(change.values(summary_json=text)).rowcount == 1
+
+
+def wall(
+    store: Store, number: int, agent: str, joules: float | None, *phases: float, run: str = "r", **more: Any
+) -> None:
+    """Keep what a plug said of an update."""
+
+    def at_wall(value: float | None, seconds: float) -> EnergyReading:
+        if value is None:
+            return EnergyReading(seconds=seconds, scope=Scope.WALL_AC, sensor="plug")
+        return EnergyReading(
+            joules=value,
+            seconds=seconds,
+            kind=more.get("kind", Kind.MEASURED),
+            scope=Scope.WALL_AC,
+            sensor="plug",
+            coverage=1.0,
+            uncertainty_joules=value / 20,
+        )
+
+    record = WallRecord(
+        agent=agent,
+        round=number,
+        plug=f"shelly:{agent}",
+        reading=at_wall(joules, 100.0),
+        phases=tuple(WallPhase(stage=Stage.TRAIN, reading=at_wall(phase, 60.0)) for phase in phases),
+        why="it was silent" if joules is None else None,
+    )
+    store.add_wall(run, number, agent, record.model_dump_json())

@@ -21,7 +21,7 @@ from coordinator.ledger.sums import Joules, Split, split
 from coordinator.store.sql import Store
 from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.errors import SettingsError, StoreError
-from tests.coordinator.ledgers import DENSE, PROFILES, book, measured, open_run, put, spoil, told
+from tests.coordinator.ledgers import DENSE, PROFILES, book, measured, open_run, put, spoil, told, wall
 
 
 @pytest.fixture
@@ -602,3 +602,61 @@ def test_parts_say_what_they_are() -> None:
     assert Split(measured=(part,)).only() is part
     with pytest.raises(ValueError, match="no readings"):
         Split().only()
+
+
+# --- the wall beside it ----------------------------------------------------------------------------
+
+
+def test_the_wall_stands_beside_the_devices_and_is_in_no_sum(store: Store) -> None:
+    for number in (1, 2, 3):
+        put(store, number, "n", {"train": measured(80.0), "send": measured(10.0)})
+    put(store, 1, "a", {"train": told(7.0)})
+    before = report(store)
+    assert before.wall is None
+    wall(store, 1, "n", 120.0)
+    wall(store, 2, "n", None)
+    wall(store, 3, "n", 100.0)
+    after = report(store)
+    assert after.wall is not None
+    assert after.model_copy(update={"wall": None}) == before
+    (device,) = after.wall.devices
+    assert (device.agent, device.plugs, device.rounds) == ("n", ("shelly:n",), (1, 3))
+    (at_wall,), (own,) = device.energy.parts, device.own.parts
+    assert (at_wall.kind, at_wall.scope, at_wall.joules) == (Kind.MEASURED, Scope.WALL_AC, 220.0)
+    assert at_wall.uncertainty_joules == pytest.approx(11.0)  # one plug: its error bars add up
+    assert (own.scope, own.joules) == (Scope.MODULE, 180.0)  # of the same rounds alone
+    assert device.own_over_wall == pytest.approx(180 / 220)
+    assert [(missing.round, missing.why) for missing in device.missing] == [(2, "it was silent")]
+    assert not device.implausible
+
+
+def test_measured_and_mixed_joules_at_the_wall_are_not_added(store: Store) -> None:
+    for number in (1, 2):
+        put(store, number, "a", {"train": told(7.0)})
+    wall(store, 1, "a", 10.0)
+    wall(store, 2, "a", 10.0, kind=Kind.MIXED)
+    found = report(store).wall
+    assert found is not None
+    assert [(part.kind, part.joules) for part in found.devices[0].energy.parts] == [
+        (Kind.MEASURED, 10.0),
+        (Kind.MIXED, 10.0),
+    ]
+    assert found.devices[0].own_over_wall is None
+
+
+def test_a_wall_below_the_board_is_said(store: Store) -> None:
+    put(store, 1, "n", {"train": measured(100.0)})
+    put(store, 1, "a", {"train": told(100.0)})
+    wall(store, 1, "n", 50.0)
+    wall(store, 1, "a", 50.0)  # a model may be wrong by that much
+    found = report(store).wall
+    assert found is not None
+    assert [(device.agent, device.implausible) for device in found.devices] == [("a", False), ("n", True)]
+
+
+def test_a_record_that_cannot_be_read_is_told_and_not_fatal(store: Store) -> None:
+    put(store, 1, "n", {"train": measured(100.0)})
+    store.add_wall("r", 1, "n", '{"agent": "n"}')
+    found = report(store)
+    assert found.wall is None
+    assert [(one.agent, one.what) for one in found.skipped] == [("n", "what its plug said")]

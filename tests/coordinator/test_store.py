@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
-from coordinator.store.records import NewEvent, RunRecord, dumps, loads
+from coordinator.store.records import NewEvent, PlugReading, RunRecord, dumps, loads
 from coordinator.store.sql import Store
 from foundation.artifact import Manifest
 from foundation.errors import StoreError
@@ -364,6 +364,54 @@ def test_migrations_lead_to_the_declared_tables(store: Store) -> None:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 2
         assert connection.execute(sa.text("PRAGMA foreign_keys")).scalar() == 1
+
+
+def test_a_store_from_before_plugs_keeps_what_it_has(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        store.open_run(a_run())
+    with sqlite3.connect(tmp_path / schema.FILE) as connection:
+        for table in ("walls", "plug_readings", "plugs"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    connection.close()
+    with pytest.raises(StoreError, match="revision 0001, this Hedgerow reads 0002: a coordinator of this"):
+        Store.open_to_read(tmp_path)
+    with Store.open(tmp_path) as store:
+        assert store.has_run("r1")
+        assert store.walls("r1") == []
+        test_migrations_lead_to_the_declared_tables(store)
+
+
+def test_plugs_keep_each_reading_once_and_their_finest_steps(store: Store) -> None:
+    row = store.plug("pi", "shelly:x", 100.0)
+    assert store.plug("pi", "shelly:x", 200.0) == row
+    other = store.plug("pi", "shelly:y", 200.0)
+    readings = [PlugReading(float(at), 5.0, None) for at in range(10)]
+    store.add_plug_readings(row.id, readings, step_w=1.0)
+    store.add_plug_readings(row.id, [PlugReading(9.0, 6.0, 1.5)], step_w=0.1, step_j=3.6)
+    store.add_plug_readings(row.id, [], step_w=1.0, step_j=None)
+    store.add_plug_readings(other.id, readings[:2])
+    kept = store.plug("pi", "shelly:x", 0.0)
+    assert (kept.since, kept.step_j, kept.step_w) == (100.0, 3.6, 0.1)
+    assert store.plug_readings(row.id, 8.0, 20.0, 100) == [readings[8], PlugReading(9.0, 6.0, 1.5)]
+    assert len(store.plug_readings(row.id, 0.0, 20.0, 3)) == 3
+    assert store.forget_plug_readings(2.0, 4) == 2 + 4 + 2
+    assert [r.at for r in store.plug_readings(row.id, 0.0, 20.0, 100)] == [6.0, 7.0, 8.0, 9.0]
+
+
+def test_an_update_is_joined_once(store: Store) -> None:
+    store.open_run(a_run())
+    store.open_round("r1", 1, ["a", "b"], 0)
+    for agent in ("a", "b"):
+        store.add_update("r1", 1, agent, agent.encode(), {"examples": 1})
+    assert [found[:3] for found in store.unjoined(["a"], 0.0)] == [("r1", 1, "a")]
+    assert store.unjoined(["a"], 4e9) == []
+    store.add_wall("r1", 1, "a", "first")
+    store.add_wall("r1", 1, "a", "second")
+    assert store.unjoined(["a", "c"], 0.0) == []
+    assert store.walls("r1") == [(1, "a", "first")]
+    with pytest.raises(StoreError):
+        store.add_wall("r1", 9, "a", "of no update")
 
 
 def test_migrating_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -337,7 +337,7 @@ def allowed(user: str, access: str, topic: str) -> bool:
 def test_the_access_list_lets_everyone_do_their_part_and_no_more() -> None:
     home = topics.Topics("home")
     listed = re.findall(r"/agents/\{agent\}/(\w+) +(\w+)", topics.__doc__ or "")
-    assert len(listed) == 12
+    assert len(listed) == 14
     for what, writer in listed:
         mine, other = home.of("pi-kitchen", what), home.of("pi-garden", what)
         assert allowed("pi-kitchen", "write" if writer == "agent" else "read", mine)

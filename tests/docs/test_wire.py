@@ -53,7 +53,7 @@ def test_numbers_are_those_of_the_code(fact: str) -> None:
     "kind",
     [
         *("AgentCard", "Presence", "Assignment", "Update", "Refusal", "Telemetry", "Command"),
-        *("Question", "Answer", "LivePrediction"),
+        *("Question", "Answer", "LivePrediction", "ClockQuestion", "ClockAnswer"),
     ],
 )
 def test_every_message_is_on_the_page(kind: str) -> None:

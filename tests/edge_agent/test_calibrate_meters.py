@@ -26,11 +26,11 @@ from edge_agent.calibration.meters import (
     meter_of,
 )
 from edge_agent.calibration.session import Session, Timeline, Timing
-from edge_agent.energy.plug import Reading, Shelly1, Shelly2, Tasmota
 from edge_agent.energy.sensor import PowerSensor
 from foundation.energy import Scope
 from foundation.errors import DataError, HedgerowError, SensorError, SettingsError
 from foundation.mqtt import MqttSettings
+from foundation.plug import Reading, Shelly1, Shelly2, Tasmota
 
 BROKER = MqttSettings()
 

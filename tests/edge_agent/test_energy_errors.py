@@ -19,6 +19,7 @@ from edge_agent.energy.idle import IdleBaseline
 from edge_agent.energy.sensor import PowerSensor
 from edge_agent.energy.uncertainty import Errors, Idle, Spread
 from edge_agent.energy.utilisation import CpuShare, Utilisation
+from edge_agent.surroundings import on_mains
 from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.profile import DeviceProfile
 
@@ -354,7 +355,6 @@ def board(root: Path, bits: str = "0", online: str = "1", count: str = "0") -> P
 def test_a_board_says_when_it_is_throttled_and_when_its_supply_changes(tmp_path: Path) -> None:
     told = Board(board(tmp_path))
     assert told.flags() == ()
-    assert told.on_mains() is True
     board(tmp_path, bits="50005")
     assert told.flags() == ("under_voltage", "throttled")
     board(tmp_path, bits="50000")  # it has happened, it does not happen now
@@ -364,8 +364,32 @@ def test_a_board_says_when_it_is_throttled_and_when_its_supply_changes(tmp_path:
     assert told.flags() == ()
     board(tmp_path, count="3", online="0")
     assert told.flags() == ("supply_changed",)
-    assert told.on_mains() is False
-    assert Board(tmp_path / "elsewhere").on_mains() is None
+    assert told.flags() == ()
+
+
+def test_a_charger_is_what_is_no_battery_and_a_mouse_is_no_supply(tmp_path: Path) -> None:
+    """One rule for flags and limits: the kernel's chargers are Mains, USB, USB_C, USB_PD, Wireless and more.
+
+    A list of two of these words missed the others: a laptop that charges over USB-C never changed its supply.
+    """
+    folder = tmp_path / "sys/class/power_supply"
+
+    def plug(name: str, **files: str) -> None:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (folder / name / file).write_text(f"{text}\n")
+
+    plug("BAT0", type="Battery", status="Charging")
+    plug("ucsi", type="USB_C", online="1")
+    told = Board(tmp_path)
+    plug("ucsi", online="0")
+    plug("BAT0", status="Discharging")
+    assert told.flags() == ("supply_changed",)
+    assert not on_mains(tmp_path)
+    plug("mouse", type="Battery", scope="Device", status="Charging")
+    assert told.flags() == ()
+    bare = Board(tmp_path / "elsewhere")  # without a battery a device is on mains, and stays there
+    assert bare.flags() == ()
 
 
 def test_a_stage_carries_what_happened_in_it_and_no_other(tmp_path: Path) -> None:

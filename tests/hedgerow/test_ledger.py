@@ -21,7 +21,7 @@ from hedgerow.cli import app
 from hedgerow.ledger import ledger
 from hedgerow.ledger_tables import grids, show
 from hedgerow.simulate import simulate
-from tests.coordinator.ledgers import DENSE, measured, open_run, put, spoil, told
+from tests.coordinator.ledgers import DENSE, measured, open_run, put, spoil, told, wall
 from tests.hedgerow.test_simulate import small
 
 
@@ -281,3 +281,44 @@ def test_conditions_of_the_devices_are_in_tables_csv_and_json(tmp_path: Path) ->
         "2",
         "",
     )
+
+
+def test_the_wall_has_tables_and_columns_of_its_own(folder: Path, tmp_path: Path) -> None:
+    with Store.open(folder) as store:
+        wall(store, 1, "n", 30.0, 20.0, run="pruned")
+        wall(store, 2, "n", None, run="pruned")
+        wall(store, 1, "a", 15.0, run="pruned")
+    out = tmp_path / "out.csv"
+    said = call("--folder", folder, "--run", "pruned", "--csv", out)
+    assert said.exit_code == 0, said.output
+    lines = said.output.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split() for line in lines]
+    assert [
+        "a",
+        "1/1",
+        "measured",
+        "15.0",
+        "±",
+        "0.75",
+        "100.0",
+        "modelled",
+        "board_dc",
+        "11.0",
+        "±",
+        "1.10",
+    ] in rows
+    assert "n: no joules at the wall in round 2: it was silent" in said.output
+    assert "shelly:n" in said.output
+    table = list(csv.DictReader(io.StringIO(out.read_text())))
+    mine = [row for row in table if (row["device"], row["round"]) == ("n", "1")]
+    assert [(row["stage"], row["wall_joules"], row["wall_stage_joules"]) for row in mine] == [
+        ("train", "30.0", "20.0"),
+        ("wait", "", ""),
+    ]
+    assert {row["wall_kind"] for row in table if (row["device"], row["round"]) == ("n", "2")} == {"none", ""}
+    assert {row["wall_joules"] for row in table if row["device"] == "u"} == {""}
+    told_json = call("--folder", folder, "--run", "pruned", "--json")
+    found = json.loads(told_json.stdout)["wall"]
+    assert [device["agent"] for device in found["devices"]] == ["a", "n"]
+    assert [record["plug"] for record in found["records"]] == ["shelly:a", "shelly:n", "shelly:n"]

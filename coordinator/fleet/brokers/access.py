@@ -41,6 +41,8 @@ class Access:
     """Users of open invitations: they may ask to join, and read the answer."""
     coordinator_reads: Sequence[str] = ()
     """More patterns that the coordinator reads, such as those of smart plugs."""
+    coordinator_writes: Sequence[str] = ()
+    """More patterns that it writes."""
     devices_read: Sequence[str] = ()
     """More patterns that every device reads, such as those of its sensors."""
     home_prefix: str = "homeassistant"

@@ -69,6 +69,8 @@ def _acl(access: Access) -> str:
     ]
     if access.coordinator_reads:
         lines.append(f"{coordinator}subscribe, {json.dumps([*access.coordinator_reads])}}}.")
+    if access.coordinator_writes:
+        lines.append(f"{coordinator}publish, {json.dumps([*access.coordinator_writes])}}}.")
     lines += [
         f"{{allow, all, publish, {json.dumps(writes)}}}.",
         f"{{allow, all, subscribe, {json.dumps(reads)}}}.",

@@ -78,6 +78,7 @@ def _acl(access: Access) -> list[str]:
         f"topic readwrite {topics.root}/#",
         f"topic readwrite {access.home_prefix}/#",
         *(f"topic read {pattern}" for pattern in access.coordinator_reads),
+        *(f"topic write {pattern}" for pattern in access.coordinator_writes),
         "",
         f"pattern read {topics.coordinator_presence}",
         *(f"pattern write {topics.of('%u', what)}" for what in WRITTEN_BY_AGENTS),

@@ -53,7 +53,7 @@ def users(folder: Path, access: Access) -> Mapping[str, str]:
     rows = [
         _user(
             access.coordinator,
-            writes=[f"{topics.root}/#", f"{access.home_prefix}/#"],
+            writes=[f"{topics.root}/#", f"{access.home_prefix}/#", *access.coordinator_writes],
             reads=[f"{topics.root}/#", f"{access.home_prefix}/#", *access.coordinator_reads],
         )
     ]

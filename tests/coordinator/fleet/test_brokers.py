@@ -27,6 +27,7 @@ ACCESS = Access(
     devices=[Account("pi.1", "d-secret")],
     joining=[Account("join-00ff", "j-secret")],
     coordinator_reads=["tele/#"],
+    coordinator_writes=["cmnd/#"],
     devices_read=["sensors/#"],
 )
 
@@ -42,7 +43,7 @@ def test_everybody_and_every_topic_is_in_the_files_of_every_broker(name: str, tm
     text = "\n".join(all_files(name, tmp_path).values())
     for user in ("coordinator", "pi.1", "join-00ff"):
         assert user in text
-    for word in (*WRITTEN_BY_AGENTS, *READ_BY_AGENTS, "request", "tele", "sensors"):
+    for word in (*WRITTEN_BY_AGENTS, *READ_BY_AGENTS, "request", "tele", "cmnd", "sensors"):
         assert word in text
     assert "8883" in text
     assert str(tmp_path / "server.pem") in text

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.energy.plug import PLUGS, Plug, Shelly1, Shelly2, Tasmota, plug_of
 from foundation.errors import SettingsError
+from foundation.plug import PLUGS, Plug, Shelly1, Shelly2, Tasmota, plug_of
 
 ENERGY = {
     "TotalStartTime": "2025-11-01T08:00:00", "Total": 12.345, "Yesterday": 0.1, "Today": 0.05, "Period": 1,
@@ -116,6 +116,21 @@ def test_a_plug_that_is_silent_for_three_periods_says_nothing() -> None:
     plug.take("tele/plug3/SENSOR", tele(), 0.0)
     assert plug.watts(30.0) == 5
     assert plug.watts(30.1) is None
+
+
+def test_steps_are_the_finest_that_were_ever_written_and_clocks_are_only_told() -> None:
+    plug = Tasmota("plug3")
+    plug.take("tele/plug3/SENSOR", tele("2031-01-01T00:00:00", Power=5, Total=12), 0.0)
+    assert (plug.step_w, plug.step_j, plug.own_clock) == (1.0, 3.6e6, "2031-01-01T00:00:00")
+    plug.take("tele/plug3/SENSOR", tele("1970-01-01T00:00:00", Power=5.25, Total=12.34567), 1.0)
+    plug.take("tele/plug3/SENSOR", tele("1970-01-01T00:00:01", Power=6, Total=12.4), 2.0)
+    assert (plug.step_w, plug.step_j) == (pytest.approx(0.01), pytest.approx(36.0))
+    assert Shelly1("x").own_clock is None
+
+
+def test_a_shelly_may_be_quiet_for_longer_than_a_minute_before_it_is_silent() -> None:
+    """Where nothing changes it tells of its energy once a minute, and of nothing else."""
+    assert Shelly2("x").silent_s > 60 >= Tasmota("x").silent_s
 
 
 @pytest.mark.parametrize(

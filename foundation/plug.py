@@ -1,8 +1,8 @@
 """Smart plugs as meters: what Tasmota and Shelly publish over MQTT, turned into watts and joules at the wall.
 
-For calibrating and for checking, not for stages: a plug of this class sees one pulse for about twelve joules
-and speaks every second at best. Its messages carry no useful clock, so the time of their arrival counts. A
-plug can switch the device off: nothing here publishes but Tasmota's question for its readings.
+For calibrating and for whole rounds, not for short stages: a plug of this class sees one pulse for about
+twelve joules and speaks every second at best. Its messages carry no useful clock, so the time of their
+arrival counts. A plug can switch the device off: nothing here publishes but Tasmota's question for readings.
 
     Tasmota          tele/PLUG/SENSOR, and stat/PLUG/STATUS8 as the answer to `8` on cmnd/PLUG/Status
     Shelly, Gen 1    shellies/ID/relay/N/power (W) and .../energy (watt-minutes)
@@ -11,6 +11,7 @@ plug can switch the device off: nothing here publishes but Tasmota's question fo
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from abc import ABC, abstractmethod
@@ -19,7 +20,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foundation.errors import SettingsError
+from foundation.transport import Transport
 
+ASK_S = 1.0
+"""Tasmota measures once a second."""
+PULSE_J = 12.0
+"""A plug of the usual kind sees a pulse every twelve joules, whatever decimals it writes."""
 STALE_PERIODS = 3
 MOST_W = 1e5
 """No plug carries more: such a number is an error."""
@@ -51,6 +57,8 @@ class Plug(ABC):
         """How often the plug's total went backwards: it was reset, and what was lost is unknown."""
         self.step_j: float | None = None
         """Smallest step of its total, from the decimals that it writes; `None` before it has told one."""
+        self.step_w: float | None = None
+        """The same of its watts."""
         self._told: object = None
 
     @property
@@ -62,6 +70,16 @@ class Plug(ABC):
     def question(self) -> tuple[str, bytes] | None:
         """Topic and payload that ask for a reading now; `None` for a plug that speaks by itself."""
         return None
+
+    @property
+    def silent_s(self) -> float:
+        """A plug that said nothing for longer is silent: what happened meanwhile is not known."""
+        return STALE_PERIODS * self.period_s
+
+    @property
+    def own_clock(self) -> str | None:
+        """What its own clock said in its last message, as a person may compare it; nothing rests on it."""
+        return None if self._told is None else str(self._told)
 
     @abstractmethod
     def _told_by(self, topic: str, payload: bytes) -> tuple[object, float | None, float | None] | None:
@@ -95,6 +113,15 @@ class Plug(ABC):
         self.step_j = step if self.step_j is None else min(step, self.step_j)
         return number * unit_j
 
+    def _power(self, value: Any) -> float | None:
+        """Return watts, and note the finest step that they were ever written with."""
+        number = _number(value)
+        if number is None or number > MOST_W:
+            return None
+        step = 10.0 ** -len(str(value).strip().partition(".")[2])
+        self.step_w = step if self.step_w is None else min(step, self.step_w)
+        return number
+
     def watts(self, now_s: float) -> float | None:
         """Return the last reading's watts; `None` once the plug has been silent for three periods."""
         if self.last is None or now_s - self.last.time_s > STALE_PERIODS * self.period_s:
@@ -124,7 +151,7 @@ class Tasmota(Plug):
         message = message.get("StatusSNS", message)
         energy = message["ENERGY"]
         total = self._total(self._of(energy.get("Total")), 3.6e6)
-        return message.get("Time"), _watts(self._of(energy.get("Power"))), total
+        return message.get("Time"), self._power(self._of(energy.get("Power"))), total
 
     def _of(self, value: Any) -> Any:
         """Return this channel's value of a plug that has several."""
@@ -152,13 +179,18 @@ class Shelly1(Plug):
         if topic == energy:
             self._joules = self._total(payload.decode(), 60.0)
             return None, self.last.watts if self.last else None, self._joules
-        return (None, _watts(payload.decode()), self._joules) if topic == power else None
+        return (None, self._power(payload.decode()), self._joules) if topic == power else None
 
 
 class Shelly2(Plug):
     """The second generation and later: whole states, and events that say what changed."""
 
     kind = "shelly2"
+
+    @property
+    def silent_s(self) -> float:
+        """Where nothing changes it speaks once a minute, of its energy."""
+        return 90.0
 
     def __init__(self, name: str, channel: int = 0) -> None:
         super().__init__(name, channel)
@@ -185,7 +217,15 @@ class Shelly2(Plug):
         energy = self._state.get("aenergy") or {}
         total = self._total(energy.get("total"), 3600.0)
         stamp = message["params"].get("ts") if topic == events else None
-        return stamp, _watts(self._state.get("apower")), total
+        return stamp, self._power(self._state.get("apower")), total
+
+
+async def keep_asking(plug: Plug, transport: Transport) -> None:
+    """Ask a plug for its readings once a second, for ever; return at once from one that is not asked."""
+    question = plug.question
+    while question is not None:
+        await transport.publish(*question, qos=0)
+        await asyncio.sleep(ASK_S)
 
 
 PLUGS: dict[str, type[Plug]] = {plug.kind: plug for plug in (Tasmota, Shelly1, Shelly2)}
@@ -215,8 +255,3 @@ def _number(value: Any) -> float | None:
         return None
     number = float(value)
     return number if math.isfinite(number) and number >= 0 else None
-
-
-def _watts(value: Any) -> float | None:
-    number = _number(value)
-    return number if number is not None and number <= MOST_W else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.energy.plug import plug_of
+from foundation.plug import plug_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "power" / "mqtt"
 

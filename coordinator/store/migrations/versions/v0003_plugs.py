@@ -1,0 +1,40 @@
+"""Smart plugs: which device is on which, what they said, and what a round drew from the wall."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
+def upgrade() -> None:
+    """Make the three tables."""
+    op.create_table(
+        "plugs",
+        sa.Column("id", _ID, primary_key=True),
+        sa.Column("agent", sa.Text, nullable=False),
+        sa.Column("plug", sa.Text, nullable=False),
+        sa.Column("since", sa.Float(53), nullable=False),
+        sa.Column("step_j", sa.Float(53)),
+        sa.Column("step_w", sa.Float(53)),
+        sa.UniqueConstraint("agent", "plug"),
+    )
+    op.create_table(
+        "plug_readings",
+        sa.Column("plug", _ID, sa.ForeignKey("plugs.id"), primary_key=True, autoincrement=False),
+        sa.Column("at", sa.Float(53), primary_key=True, autoincrement=False),
+        sa.Column("watts", sa.Float(53)),
+        sa.Column("joules", sa.Float(53)),
+    )
+    op.create_table(
+        "walls",
+        sa.Column("run", sa.Text, primary_key=True),
+        sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("agent", sa.Text, primary_key=True),
+        sa.Column("record_json", sa.Text, nullable=False),
+        sa.ForeignKeyConstraint(["run", "round", "agent"], ["updates.run", "updates.round", "updates.agent"]),
+    )
