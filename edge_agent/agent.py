@@ -29,7 +29,6 @@ from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
 from edge_agent.last_model import save as save_last
 from edge_agent.limits import Limits
-from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
 from edge_agent.serving.answering import Answering
@@ -52,6 +51,7 @@ from foundation.errors import (
     NotConnected,
     WorkRefused,
 )
+from foundation.memory import give_back
 from foundation.messages import (
     AgentCard,
     Assignment,

@@ -58,11 +58,15 @@ def open_session(model: bytes) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # what goes wrong is raised, and said once
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise ProofFailed(
             f"onnxruntime {ort.__version__} cannot open the model{_of_opset(model)}: {error}"
         ) from error
+    # The file's bytes would stay for as long as the session, for another try with other providers.
+    session.disable_fallback()
+    session._model_bytes = b""
+    return session
 
 
 def default_tolerance(probe: Probe) -> float:

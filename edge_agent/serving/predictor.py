@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.memory import give_back
 from edge_agent.serving import canary, record
 from edge_agent.serving.admission import Handle as Handle
 from edge_agent.serving.admission import load, owner_of, run, side_by_side
@@ -27,6 +26,7 @@ from export.folder import CURRENT, FALLBACK, GOOD, PINNED, PREVIOUS, SERVING, li
 from export.proof import LARGEST_BATCH
 from foundation.artifact import Manifest
 from foundation.errors import DataError, ExportError
+from foundation.memory import give_back
 from foundation.messages import Verdict
 from foundation.parameters import Array
 
