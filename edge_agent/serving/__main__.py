@@ -10,7 +10,6 @@ import ssl
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -22,6 +21,7 @@ from edge_agent.serving.predictor import Predictor, Rules
 from edge_agent.serving.pressure import Pressure
 from edge_agent.serving.runner import MOST_IN_FLIGHT
 from edge_agent.serving.trial import Band
+from edge_agent.serving.web import Protocol, Server
 from export.proof import LARGEST_BATCH
 from foundation.errors import ExportError, SettingsError
 
@@ -41,28 +41,6 @@ _EXAMPLES = """examples:
 
 docs/models.md has the rest. Ends with 0 when stopped, 1 when the address is taken, 2 when an option is wrong,
 3 when no artifact in the folder proves itself."""
-
-
-class _AnnouncingServer(uvicorn.Server):
-    """Says where it answers, once it does; and that it is not ready any more, once it is told to end."""
-
-    def __init__(self, config: uvicorn.Config, application: Application) -> None:
-        super().__init__(config)
-        self._application = application
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as usual, then print one line with the address."""
-        await super().startup(sockets)
-        scheme = "https" if self.config.is_ssl else "http"
-        for bound in sockets or []:
-            host, port = bound.getsockname()[:2]
-            sys.stdout.write(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}\n")
-        sys.stdout.flush()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End: what is being answered is answered, health says 503."""
-        self._application.leave()
-        super().handle_exit(sig, frame)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = uvicorn.Config(
         application,
         interface="asgi3",
+        http=Protocol,
         lifespan="on",
         ws="none",
         proxy_headers=False,
@@ -111,11 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
+        date_header=False,  # the application's: uvicorn would have to wake for it every second
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )
     with listening:
-        _AnnouncingServer(config, application).run(sockets=[listening])
+        Server(config, application.leave).run(sockets=[listening])
     return DONE
 
 

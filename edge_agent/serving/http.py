@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class Application:
         self._watcher: asyncio.Task[None] | None = None
         self._known_refusal: str | None = None
         self._top = ("", 0.0)
+        self._date = (0, b"")
         self._paths: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._page},
             "/page.css": {"GET": self._asset},
@@ -174,12 +176,20 @@ class Application:
             answer = found
         self.metrics.requests[answer.status] += 1
         headers = [
+            (b"date", self._now()),
             (b"content-type", answer.kind.encode()),
             (b"content-length", str(len(answer.body)).encode()),
             *((name.encode(), value.encode()) for name, value in answer.headers),
         ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+
+    def _now(self) -> bytes:
+        """Return the time as HTTP writes it."""
+        second = int(time.time())
+        if second != self._date[0]:
+            self._date = (second, formatdate(second, usegmt=True).encode())
+        return self._date[1]
 
     def _route(self, ask: Ask) -> tuple[Handler, Ask]:
         methods = self._paths.get(ask.path)
@@ -206,11 +216,12 @@ class Application:
     # --- newer artifacts ------------------------------------------------------------------------
 
     async def _watch(self, every_s: float) -> None:
-        """Look for a newer artifact again and again."""
+        """Look for a newer artifact again and again; where nothing has changed, that is two system calls."""
         while True:
             await asyncio.sleep(every_s)
             try:
-                await self._look()
+                if not self._predictor.unchanged():
+                    await self._look()
             except Exception:  # the watch outlives whatever went wrong with one artifact
                 logger.exception("looking for a newer artifact failed")
 

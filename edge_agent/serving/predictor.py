@@ -32,6 +32,10 @@ from foundation.parameters import Array
 
 logger = logging.getLogger(__name__)
 
+SURE_S = 60.0
+"""How long a look is good for where nothing seems to have changed."""
+_COARSE_S = 2.0
+"""No file system with links keeps times more coarsely."""
 _CANARY_BATCH = 8
 """A larger batch would leave its memory with the process."""
 
@@ -91,6 +95,15 @@ class _Serving:
     trial: Trial | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Calm:
+    """A look that changed nothing: what it saw, and when."""
+
+    seen: tuple[int, ...]
+    wall_s: float
+    looked_at: float
+
+
 class _Worse(ExportError):  # noqa: N818 - named for what was found
     """A sound model that is worse than the one that serves."""
 
@@ -113,6 +126,7 @@ class Predictor:
         self._refused: tuple[Path, int, str] | None = None
         self._stuck: Handle | None = None
         self._unwritten: str | None = None
+        self._calm: _Calm | None = None
         self._serving = _Serving(self._first(), Window())
         self.reload()
 
@@ -163,12 +177,29 @@ class Predictor:
         artifact is not tried again until its link or its files change.
         """
         with self._reloading:
+            seen = _seen(self._folder, self._refused)  # first: what changes from here on is looked at again
             before = self._serving
             found = self._judged() or self._called_back() or self._looked()
             if self._serving is not before:
                 del before
                 give_back()  # of the model that is gone: the C library keeps what was freed
+            calm = not found.changed and self._serving.trial is None
+            self._calm = _Calm(seen, time.time(), time.monotonic()) if calm and seen else None
             return found
+
+    def unchanged(self) -> bool:
+        """Whether `reload` would find what it found the last time: cheap, and true only if it is sure.
+
+        Links and record are replaced, never written to, so the time of their folder tells. A time that is
+        less than two seconds before the look proves nothing (a second change would have the same), and once
+        a minute everything is looked at anyway.
+        """
+        calm = self._calm
+        if calm is None or self._serving.trial is not None or time.monotonic() - calm.looked_at > SURE_S:
+            return False
+        if any(calm.wall_s - ns / 1e9 < _COARSE_S for ns in calm.seen):
+            return False
+        return _seen(self._folder, self._refused) == calm.seen
 
     # --- looking for another model -------------------------------------------------------------
 
@@ -371,6 +402,18 @@ class Predictor:
             logger.warning("what is decided here will be forgotten at the next start: %s", error)
 
 
+def _seen(folder: Path, refused: tuple[Path, int, str] | None) -> tuple[int, ...]:
+    """Return when a folder of artifacts changed last, and what was refused of it, in nanoseconds.
+
+    Nothing where that cannot be told.
+    """
+    known = [folder] if refused is None else [folder, refused[0], *sorted(refused[0].glob("*"))]
+    try:
+        return tuple(path.stat().st_mtime_ns for path in known)
+    except OSError:
+        return ()
+
+
 def _stamp(folder: Path) -> int:
     """Return what changes when one of an artifact's files does."""
     found = 0
@@ -424,6 +467,9 @@ def _ids(manifest: Manifest, x: Array) -> Array:
 def _values(x: Array) -> Array:
     if x.dtype.kind not in "iuf":
         raise DataError(f"the input has to be numbers, not {x.dtype}")
-    if not (np.abs(x) <= np.finfo(np.float32).max).all():
+    if x.dtype != np.float32 and not (np.abs(x) <= np.finfo(np.float32).max).all():
         raise DataError("the input has values that are not finite in float32")
-    return x.astype(np.float32)
+    values = x.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise DataError("the input has values that are not finite in float32")
+    return values
