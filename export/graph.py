@@ -316,12 +316,14 @@ def _attention(w: _Writer, spec: ModelSpec, block: str, x: str, mask: str | None
         x = w.apart(f"{block}.tokens", x, d)
         normed = w.layer_norm(f"{block}.norm1", x)
         query = w.linear(f"{name}.query", w.first_token(f"{name}.class_token", normed), scaled[:d])
-        pieces, product = ("key", "value"), w.linear(f"{name}.kv", normed, scaled[d:])
+        pieces: tuple[str, ...] = ("key", "value")
+        product = w.linear(f"{name}.kv", normed, scaled[d:])
         x = w.first_token(f"{block}.class_token", x)
     else:
         query = None
         normed = w.layer_norm(f"{block}.norm1", x)
-        pieces, product = ("query", "key", "value"), w.linear(f"{name}.qkv", normed, scaled)
+        pieces = ("query", "key", "value")
+        product = w.linear(f"{name}.qkv", normed, scaled)
     heads = _operator if w.attention else _heads
     mixed = heads(w, spec, name, query, pieces, product, mask)
     out = w.linear(f"{block}.output", mixed, w.weights[f"{block}.output.weight"], f"{block}.output.bias")

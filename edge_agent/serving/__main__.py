@@ -113,7 +113,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
 
 def _rules(options: argparse.Namespace) -> Rules:
     band = None if options.no_rollback else Band(options.rollback_errors, options.rollback_p95)
-    return Rules(options.agent, options.canary_drop, band)
+    return Rules(options.agent, options.canary_drop, band, options.optimized)
 
 
 def _guard(options: argparse.Namespace) -> Guard:
@@ -202,6 +202,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Band().p95,
         metavar="TIMES",
         help="the p95 of the model before that a new one may take; more rolls it back",
+    )
+    which.add_argument(
+        "--optimized",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="keep onnxruntime's optimized form of a model for the next start; auto where it pays",
     )
     which.add_argument("--no-rollback", action="store_true", help="a model that was taken stays")
     parser.add_argument("--report", type=int, metavar="FD", help=argparse.SUPPRESS)

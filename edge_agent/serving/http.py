@@ -222,6 +222,8 @@ class Application:
             try:
                 if not self._predictor.unchanged():
                     await self._look()
+                if self._predictor.keeps_none:
+                    await asyncio.to_thread(self._predictor.keep)
             except Exception:  # the watch outlives whatever went wrong with one artifact
                 logger.exception("looking for a newer artifact failed")
 

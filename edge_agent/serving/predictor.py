@@ -20,7 +20,8 @@ import numpy as np
 
 from edge_agent.serving import canary, record
 from edge_agent.serving.admission import Handle as Handle
-from edge_agent.serving.admission import load, owner_of, run, side_by_side
+from edge_agent.serving.admission import keep, load, owner_of, run, side_by_side
+from edge_agent.serving.optimized import Choice, Forms
 from edge_agent.serving.trial import Band, Trial, Window
 from export.folder import CURRENT, FALLBACK, GOOD, PINNED, PREVIOUS, SERVING, linked, resolve
 from export.proof import LARGEST_BATCH
@@ -50,6 +51,8 @@ class Rules:
     """Points of accuracy on the canary set that a new model may lose; not set, what chance explains."""
     band: Band | None = field(default_factory=Band)
     """`None`: a model that was taken stays."""
+    optimized: Choice = "auto"
+    """Whether onnxruntime's optimized form of a model is kept for the next start: `auto` where it pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,8 @@ class Predictor:
         self._drop, self._band = rules.canary_drop, rules.band
         self._alone = not (folder / CURRENT).is_symlink()
         """One artifact's own folder: there is nothing to choose, and nothing is written down."""
+        self._forms = None if self._alone or rules.optimized == "off" else Forms(folder, rules.optimized)
+        self._kept: Path | None = None
         self._reloading = threading.Lock()
         self._refused: tuple[Path, int, str] | None = None
         self._stuck: Handle | None = None
@@ -201,6 +206,23 @@ class Predictor:
             return False
         return _seen(self._folder, self._refused) == calm.seen
 
+    @property
+    def keeps_none(self) -> bool:
+        """Whether the optimized form of the model that serves is still to be kept; not of one on trial."""
+        serving = self._serving
+        return self._forms is not None and serving.trial is None and self._kept != serving.handle.folder
+
+    def keep(self) -> None:
+        """Keep the optimized form of the model that serves, for the next start; tried once for each model."""
+        folder = self._serving.handle.folder
+        self._kept = folder
+        if self._forms is None or self._serving.handle.optimized:
+            return
+        try:
+            keep(folder, self._forms, self._agent)
+        except (ExportError, OSError) as error:
+            logger.warning("no optimized form of %s is kept: %s", folder.name[:12], error)
+
     # --- looking for another model -------------------------------------------------------------
 
     def _looked(self) -> Reload:
@@ -218,7 +240,7 @@ class Predictor:
         if self._refused is not None and self._refused[:2] == (target, stamp):
             return Reload(changed=False, refusal=self._refused[2])
         try:
-            candidate = load(target, self._agent)
+            candidate = load(target, self._agent, self._forms)
             if not chosen:
                 self._compare(candidate)
         except ExportError as error:
@@ -333,7 +355,7 @@ class Predictor:
             if folder == serving.handle.folder or folder.name in said.barred:
                 continue
             try:
-                handle = load(folder, self._agent)
+                handle = load(folder, self._agent, self._forms)
             except ExportError as error:
                 logger.warning("cannot go back to %s: %s", folder.name[:12], error)
                 continue
@@ -362,7 +384,7 @@ class Predictor:
                 continue
             tried.append(folder)
             try:
-                handle = load(folder, self._agent)
+                handle = load(folder, self._agent, self._forms)
             except ExportError as error:
                 reasons.append(error)
                 self._refuse(folder, _stamp(folder), error)

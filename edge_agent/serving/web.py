@@ -164,7 +164,7 @@ class Protocol(H11Protocol):
 
     async def _answer(self, asked: Plain) -> None:
         try:
-            await self.app(self._scope(asked), _Once(asked.body), self._send)  # type: ignore[arg-type]
+            await self.app(self._scope(asked), _Once(asked.body), self._send)
         except Exception:
             logger.exception("a request failed")
             self.transport.close()
