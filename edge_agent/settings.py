@@ -57,6 +57,8 @@ class ServeSettings(Frozen):
     """0 lets the system choose; the card says which."""
     api_key_file: Path | None = None
     """File with the key that clients have to send; needed beyond loopback, unless `insecure`."""
+    admin_key_file: Path | None = None
+    """File with the key for `/admin/` (pin, unpin, roll back); not set, the clients' key counts there too."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     insecure: bool = False
@@ -87,7 +89,7 @@ class ServeSettings(Frozen):
 
     def options(self) -> list[str]:
         """Return what `hedgerow serve` is told besides host and port."""
-        names: tuple[str, ...] = ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
+        names: tuple[str, ...] = ("api_key_file", "admin_key_file", "tls_cert", "tls_key", "batch_window_ms")
         names += ("canary_drop", "rollback_errors", "rollback_p95", "optimized")
         fields = type(self).model_fields
         told = [

@@ -137,7 +137,8 @@ def _guard(options: argparse.Namespace) -> Guard:
             raise SettingsError(f"--tls-cert and --tls-key cannot be used: {error}") from error
     elif key is not None and not loopback:
         logger.warning("the key travels in the clear: --tls-cert and --tls-key encrypt it")
-    return Guard(key, loopback=loopback)
+    admin_key = read_key(options.admin_key_file) if options.admin_key_file else None
+    return Guard(key, loopback=loopback, admin_key=admin_key)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -173,6 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--host", default="127.0.0.1", help="beyond loopback only with a key, or --insecure")
     where.add_argument("--port", type=int, default=8090, help="0 picks a free one")
     where.add_argument("--api-key-file", type=Path, help="file with the key that clients have to send")
+    where.add_argument(
+        "--admin-key-file",
+        type=Path,
+        help="file with the key for /admin/ (pin, unpin, roll back); without it, the clients' key",
+    )
     where.add_argument("--tls-cert", type=Path, help="certificate chain in PEM: serve HTTPS")
     where.add_argument("--tls-key", type=Path, help="its private key in PEM, not encrypted")
     where.add_argument("--insecure", action="store_true", help="the network may ask without a key")

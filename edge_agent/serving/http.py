@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_agent.serving import bodies, card, control, describe, people, pictures, protocol
+from edge_agent.serving import admin, bodies, card, control, describe, people, pictures, protocol
 from edge_agent.serving.answers import Answer, Refused, as_json, refusal
 from edge_agent.serving.bodies import Bodies, Receive
 from edge_agent.serving.guard import Guard
@@ -61,6 +61,8 @@ class Ask(NamedTuple):
     headers: dict[bytes, bytes]
     receive: Receive
     start: float
+    client: str = ""
+    """Where it came from; empty where that is not known."""
     model: str = ""
     version: str | None = None
 
@@ -109,6 +111,8 @@ class Application:
             "/manifest": {"GET": self._manifest},
             "/metrics": {"GET": self._counters},
             "/predict": {"POST": self._predict},
+            "/admin/models": {"GET": self._models},
+            **{path: {"POST": self._decide} for path in admin.ACTIONS},
             "/v2": {"GET": self._server},
             "/v2/health/live": {"GET": self._live},
             "/v2/health/ready": {"GET": self._ready},
@@ -163,6 +167,7 @@ class Application:
             dict(scope["headers"]),
             receive,
             time.perf_counter(),
+            (scope.get("client") or ("",))[0],
         )
         try:
             self._guard.check(ask.method, ask.path, ask.headers)
@@ -349,6 +354,21 @@ class Application:
         if self._settings.control is None:
             raise Refused(403, "clients may not change what is served here; --control lets them")
         return self._settings.control
+
+    # --- for the owner ---------------------------------------------------------------------------
+
+    async def _models(self, _: Ask) -> Answer:
+        return as_json(await asyncio.to_thread(admin.models, self._predictor.root))
+
+    async def _decide(self, ask: Ask) -> Answer:
+        """Pin, unpin or roll back, look at once, and tell which model serves then."""
+        root = self._predictor.root
+        async with self._bodies.read(ask.headers, ask.receive) as body:
+            done = await asyncio.to_thread(admin.ACTIONS[ask.path], root, body, f"http {ask.client}".strip())
+        logger.info("%s by %s: %s", ask.path, ask.client or "nobody known", done)
+        refusal = await self._look()
+        serves = self._predictor.manifest
+        return as_json({**done, "serves": serves.sha256, "serves_round": serves.round, "refusal": refusal})
 
     # --- the protocol: inference ----------------------------------------------------------------
 

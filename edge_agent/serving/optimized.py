@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 Choice: TypeAlias = Literal["auto", "on", "off"]
 
 ENDING = ".optimized"
-PAYS = 0.9
-"""Share of the model's own time to open that the form may take, or it is not used (`auto`)."""
+PAYS = 0.8
+"""Share of the model's own time to open that reading and opening the form may take, or it is not used:
+less is not worth a second file."""
 _OPENINGS = 3
 _SEALED = b"hedgerow optimized form 1\n"
 _LONGEST_HEAD = 4096
@@ -56,8 +57,9 @@ class Head(Frozen):
     form: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the bytes that follow; `None` where the form does not pay, and none do."""
     model_ms: float | None = Field(None, ge=0)
-    """CPU time to open the model; `None` where it was not measured."""
+    """CPU time to open the model, which is in memory; `None` where it was not measured."""
     form_ms: float | None = Field(None, ge=0)
+    """The same for the form, with reading and hashing its file."""
     seal: str = Field("", pattern=r"^([0-9a-f]{64})?$")
 
     def sealed(self, key: DeviceKey) -> Head:
@@ -116,9 +118,12 @@ class Forms:
                 return known[0]
         except (ExportError, OSError) as error:
             logger.info("the optimized form of %s is made anew: %s", sha256[:12], error)
-        form = self._made(model)
-        prove(open_session(form, optimized=True))
-        model_ms, form_ms = _timed(model, form) if self._choice == "auto" else (None, None)
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "form.onnx"
+            open_session(model, write=written)
+            form = written.read_bytes()
+            prove(open_session(form, optimized=True))
+            model_ms, form_ms = _timed(model, written) if self._choice == "auto" else (None, None)
         pays = model_ms is None or form_ms is None or form_ms <= PAYS * model_ms
         head = Head(
             model=sha256,
@@ -164,13 +169,6 @@ class Forms:
             raise ExportError("its bytes are damaged")
         return head, form
 
-    @staticmethod
-    def _made(model: bytes) -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "form.onnx"
-            open_session(model, write=written)
-            return written.read_bytes()
-
     def _sweep(self) -> None:
         """Remove the forms of artifacts that are gone."""
         for path in self._root.glob(f"*{ENDING}"):
@@ -212,12 +210,18 @@ def _parsed(line: bytes) -> Head | None:
         return None
 
 
-def _timed(model: bytes, form: bytes) -> tuple[float, float]:
-    """Return the CPU milliseconds of opening the model and the form: medians, in turns."""
+def _timed(model: bytes, form: Path) -> tuple[float, float]:
+    """Return the CPU milliseconds of opening the model, and of reading and opening the form: medians."""
+
+    def kept() -> None:
+        content = form.read_bytes()
+        hashlib.sha256(content)
+        open_session(content, optimized=True)
+
     spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(_OPENINGS):
-        for times, content, optimized in ((spent[0], model, False), (spent[1], form, True)):
+        for times, opening in ((spent[0], lambda: open_session(model)), (spent[1], kept)):
             begin = time.thread_time()
-            open_session(content, optimized=optimized)
+            opening()
             times.append(1e3 * (time.thread_time() - begin))
     return median(spent[0]), median(spent[1])

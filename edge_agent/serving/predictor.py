@@ -207,6 +207,15 @@ class Predictor:
         return _seen(self._folder, self._refused) == calm.seen
 
     @property
+    def root(self) -> Path:
+        """The folder of artifacts; raises `ExportError` where one artifact alone is served."""
+        if self._alone:
+            raise ExportError(
+                "this server serves one artifact, not a folder of them: there is nothing to choose"
+            )
+        return self._folder
+
+    @property
     def keeps_none(self) -> bool:
         """Whether the optimized form of the model that serves is still to be kept; not of one on trial."""
         serving = self._serving
