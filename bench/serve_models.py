@@ -25,6 +25,7 @@ from export.cut import cut
 from export.graph import OPSET, build
 from export.package import export_artifact
 from export.proof import open_session
+from export.verify import attention_runs
 from foundation.artifact import Probe
 from foundation.errors import ExportError
 from foundation.nn.bridge import to_module
@@ -101,7 +102,9 @@ class Drawn:
         )  # fmt: skip
 
     def graph(self, parameters: Parameters, opset: int = OPSET) -> bytes:
-        return build(self.spec, parameters, Normalisation(), metadata={}, opset=opset)
+        """Write it as an export does, with attention as one operator where opset and runtime have it."""
+        attention = attention_runs(opset)
+        return build(self.spec, parameters, Normalisation(), metadata={}, opset=opset, attention=attention)
 
     def module(self, *, masked: bool = False, small: bool = False) -> Transformer:
         """Return the torch model; masked as it is trained, or small as it is after training."""
@@ -280,6 +283,7 @@ def torch_export(one: Drawn, *, dynamo: bool, plain: bool = True) -> bytes:
     if dynamo:
         how["dynamic_shapes"] = ({0: torch.export.Dim("batch", min=1)},)
         how["external_data"] = False
+        how["verbose"] = False
     else:
         how["dynamic_axes"] = {"input": {0: "batch"}, "logits": {0: "batch"}}
         how["opset_version"] = OPSET

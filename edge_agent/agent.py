@@ -31,7 +31,6 @@ from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
 from edge_agent.last_model import save as save_last
 from edge_agent.limits import Limits
-from edge_agent.memory import give_back
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
 from edge_agent.serving.answering import Answering
@@ -54,6 +53,7 @@ from foundation.errors import (
     NotConnected,
     WorkRefused,
 )
+from foundation.memory import give_back
 from foundation.messages import (
     AgentCard,
     Assignment,
@@ -693,31 +693,14 @@ class Agent:
         return LastModel(facts, outcome.parameters, outcome.masks, outcome.probe)
 
     def _export(self, model: LastModel, data: LocalData) -> Manifest:
-        from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
-        from export.sign import DEVICE_KEY, DeviceKey
-        from export.verify import Validation
-
         self.standing.stage = Stage.EXPORT
-        part, f = data.validation, model.facts
+        part = data.validation
         with self.meter.stage(Stage.EXPORT):
             # First the samples, then the model: whoever finds the model finds what to compare it on.
             found = canary.choose(data, self.settings.serve.canary)
             self.vault.save_canary(None if found is None else canary.to_bytes(found))
-            return export_artifact(
-                *(f.spec, model.parameters, model.masks, f.normalisation, f.labels, model.probe),
-                self.vault.artifacts,
-                agent=f.agent,
-                run=f.run,
-                round=f.round,
-                strategy=f.strategy,
-                accuracy_sent=f.accuracy_sent,
-                accuracy=f.accuracy,
-                train_joules=f.trained.joules if f.trained else None,
-                train_joules_kind=f.trained.kind if f.trained else Kind.NONE,
-                validation=Validation(part.x, part.y) if len(part.y) else None,
-                int8=self._int8,
-                key=DeviceKey.load(self.vault.folder / DEVICE_KEY, make=True),
-            )
+            validation = (part.x, part.y) if len(part.y) else None
+            return model.export(self.vault.artifacts, self.vault.folder, validation, int8=self._int8)
 
     async def _refuse(self, assignment: Assignment, reason: str) -> None:
         logger.warning("refused", extra={"round": assignment.round, "reason": reason})

@@ -4,9 +4,10 @@ The sides take turns, so that what else happens on the device falls on all of th
 one run in this process; memory and cold start are those of `hedgerow serve` in a process of its own. Joules
 are read over two seconds of runs or more without a pause, as no meter here sees a single run.
 
-The uncut model was never on this device, where units were cut while training went on. It is written anew from
-the same spec with drawn weights: speed, size and joules do not depend on them, and its accuracy is not known.
-No torch here.
+The uncut model never answered on this device, where units were cut while training went on. It is written
+anew: with the whole matrices of the vault's last model where that is the one that is reported on, else with
+drawn weights, and the report says which. Speed, size and joules do not depend on them; its accuracy is not
+known. No torch here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import psutil
 from pydantic import Field
 
+from edge_agent import last_model
 from edge_agent.energy.meter import Meter
 from export import metadata
 from export.folder import load_artifact, resolve
@@ -35,7 +37,7 @@ from foundation.artifact import Manifest, Probe
 from foundation.energy import EnergyReading, Kind, Stage
 from foundation.errors import ExportError, HedgerowError
 from foundation.frozen import Frozen
-from foundation.parameters import Array
+from foundation.parameters import Array, Parameters
 from foundation.process import bound_to_parent
 from foundation.spec import ModelSpec, initial_parameters
 
@@ -126,8 +128,8 @@ class Side:
     manifest: Manifest
     model: bytes
     probe: Probe
-    trained: bool = True
-    """Whether its weights are those of the device."""
+    untrained: str = ""
+    """Where nobody trained it as it is: whose weights it has."""
 
 
 def report(folder: Path, scratch: Path, meter: Meter, profile: str, say: Say = lambda _: None) -> Report:
@@ -165,7 +167,7 @@ def report(folder: Path, scratch: Path, meter: Meter, profile: str, say: Say = l
 
 
 def dense(pruned: Side, folder: Path) -> Side | Figures:
-    """Write the uncut model of the same spec with drawn weights, or return what the manifest says of it."""
+    """Write the uncut model of the same spec, or return what the manifest says of it."""
     m = pruned.manifest
     recorded = Figures(
         name="dense",
@@ -180,12 +182,12 @@ def dense(pruned: Side, folder: Path) -> Side | Figures:
     from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
 
     spec = ModelSpec.model_validate_json(metadata.read(pruned.model)["spec"])
-    drawn = initial_parameters(spec, 0)
-    alone = open_session(build(spec, drawn, m.normalisation, metadata={}))
+    weights, whose = _uncut(pruned, spec)
+    alone = open_session(build(spec, weights, m.normalisation, metadata={}))
     x = pruned.probe.inputs
     made = export_artifact(
         spec,
-        drawn,
+        weights,
         {},
         m.normalisation,
         m.labels,
@@ -198,7 +200,29 @@ def dense(pruned: Side, folder: Path) -> Side | Figures:
         measure_latency=False,
     )
     target = resolve(folder)
-    return Side("dense", target, made, *load_artifact(target)[1:], trained=False)
+    return Side("dense", target, made, *load_artifact(target)[1:], untrained=whose)
+
+
+def _uncut(pruned: Side, spec: ModelSpec) -> tuple[Parameters, str]:
+    """Return the parameters of the uncut model, and whose they are, in words."""
+    m = pruned.manifest
+    if pruned.folder is not None:
+        try:
+            last = last_model.load(pruned.folder.parent.parent)
+        except ExportError as error:
+            why = str(error)
+        else:
+            f = last.facts
+            if (f.agent, f.run, f.round, f.spec) == (m.agent, m.run, m.round, spec):
+                return last.parameters, (
+                    "this device's own weights, with the units that were cut as they were left: what it costs"
+                    " is known, not how well it answers"
+                )
+            why = f"the vault's last model is of run {f.run}, round {f.round}"
+    else:
+        why = "there is no vault"
+    told = f"same spec, drawn weights: what it costs is known, not how well it answers ({why})"
+    return initial_parameters(spec, 0), told
 
 
 def int8(pruned: Side, folder: Path) -> Side | Figures:
@@ -243,8 +267,8 @@ def _figures(
     m = side.manifest
     known = not isinstance(process, str)
     remarks = [] if known else [str(process)]
-    if not side.trained:
-        remarks.append("same spec, drawn weights: what it costs is known, not how well it answers")
+    if side.untrained:
+        remarks.append(side.untrained)
     return Figures(
         name=side.name,
         bytes=len(side.model),
@@ -253,7 +277,7 @@ def _figures(
         per_second=max(1e3 * size / each.p50_ms for size, each in latency.items()),
         start_s=process[0] if known else None,
         rss_bytes=process[1] if known else None,
-        parity=_parity(side) if side.trained else None,
+        parity=None if side.untrained else _parity(side),
         accuracy=m.accuracy if side.name == "pruned" else None,
         energy=energy,
         remarks=tuple(remarks),

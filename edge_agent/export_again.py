@@ -14,7 +14,6 @@ from edge_agent.last_model import load as load_model
 from edge_agent.settings import AgentSettings
 from foundation import settings
 from foundation.artifact import Manifest
-from foundation.energy import Kind
 from foundation.errors import DataError, HedgerowError, SettingsError
 from foundation.parameters import Array
 
@@ -77,28 +76,13 @@ def summary(manifest: Manifest, folder: Path) -> str:
 def _export(told: AgentSettings, arguments: argparse.Namespace) -> Manifest:
     model = load_model(told.vault)
     _say(f"model of run {model.facts.run}, round {model.facts.round}")
-    from export.package import export_artifact  # onnx and onnxruntime: not for --help
-    from export.sign import DEVICE_KEY, DeviceKey
-    from export.verify import Validation
-
-    f = model.facts
     part = _validation(told, model)
     _say("writing, proving and measuring it")
-    return export_artifact(
-        *(f.spec, model.parameters, model.masks, f.normalisation, f.labels, model.probe, arguments.output),
-        agent=f.agent,
-        run=f.run,
-        round=f.round,
-        strategy=f.strategy,
-        accuracy_sent=f.accuracy_sent,
-        accuracy=f.accuracy,
-        train_joules=f.trained.joules if f.trained else None,
-        train_joules_kind=f.trained.kind if f.trained else Kind.NONE,
+    return model.export(
+        *(arguments.output, told.vault, part),
+        int8=arguments.int8 or told.export.int8,
         opset=arguments.opset,
         probabilities=arguments.probabilities,
-        validation=Validation(*part) if part is not None else None,
-        int8=arguments.int8 or told.export.int8,
-        key=DeviceKey.load(told.vault / DEVICE_KEY, make=True),
     )
 
 

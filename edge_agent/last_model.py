@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
 from edge_agent.vault import read_arrays, write_arrays
-from foundation.artifact import Probe
-from foundation.energy import EnergyReading
+from foundation.artifact import Manifest, Probe
+from foundation.energy import EnergyReading, Kind
 from foundation.errors import ExportError
 from foundation.frozen import Frozen
 from foundation.normalisation import Normalisation
-from foundation.parameters import Masks, Parameters
+from foundation.parameters import Array, Masks, Parameters
 from foundation.spec import ModelSpec
 
 FILE = "last_model.safetensors"
@@ -48,6 +49,44 @@ class LastModel:
     parameters: Parameters
     masks: Masks
     probe: Probe
+
+    def export(
+        self,
+        folder: Path,
+        vault: Path,
+        validation: tuple[Array, Array] | None,
+        *,
+        int8: Literal["auto", "on", "off"],
+        opset: int | None = None,
+        probabilities: bool = False,
+    ) -> Manifest:
+        """Prove, measure and publish it below `folder`, signed with the vault's key; returns the manifest.
+
+        `validation` are raw samples that were not trained on, and the right answers. The rest is as in
+        `export.package.export_artifact`, and so is what it raises.
+        """
+        from export.graph import OPSET
+        from export.package import export_artifact  # onnx weighs 30 MB: only when it is needed
+        from export.sign import DEVICE_KEY, DeviceKey
+        from export.verify import Validation
+
+        f = self.facts
+        return export_artifact(
+            *(f.spec, self.parameters, self.masks, f.normalisation, f.labels, self.probe, folder),
+            agent=f.agent,
+            run=f.run,
+            round=f.round,
+            strategy=f.strategy,
+            accuracy_sent=f.accuracy_sent,
+            accuracy=f.accuracy,
+            train_joules=f.trained.joules if f.trained else None,
+            train_joules_kind=f.trained.kind if f.trained else Kind.NONE,
+            opset=OPSET if opset is None else opset,
+            probabilities=probabilities,
+            validation=None if validation is None else Validation(*validation),
+            int8=int8,
+            key=DeviceKey.load(vault / DEVICE_KEY, make=True),
+        )
 
 
 def save(vault: Path, model: LastModel) -> None:

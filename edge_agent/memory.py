@@ -1,21 +1,13 @@
-"""Holding little memory, and giving back what is free between two stretches of work."""
+"""Holding little memory; giving back what is free is `foundation.memory`'s."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from collections.abc import Callable
-from functools import cache
 
 _M_ARENA_MAX = -8
 """glibc's malloc.h."""
-
-
-@cache
-def _trim() -> Callable[[int], int] | None:
-    # glibc keeps what was freed for whoever asks next; other C libraries have no such call, or no need.
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return trim
 
 
 def hold_little() -> None:
@@ -31,10 +23,3 @@ def hold_little() -> None:
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library can: 15 to 25 MB after a round of training."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)

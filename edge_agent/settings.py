@@ -57,6 +57,8 @@ class ServeSettings(Frozen):
     """0 lets the system choose; the card says which."""
     api_key_file: Path | None = None
     """File with the key that clients have to send; needed beyond loopback, unless `insecure`."""
+    admin_key_file: Path | None = None
+    """File with the key for `/admin/` (pin, unpin, roll back); not set, the clients' key counts there too."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     insecure: bool = False
@@ -73,6 +75,8 @@ class ServeSettings(Frozen):
     """Share of its requests that a new model may fail and the one before answers."""
     rollback_p95: float = Field(2.0, ge=1)
     """p95 that a new model may take, as a multiple of that of the one before."""
+    optimized: Literal["auto", "on", "off"] = "auto"
+    """Keeps onnxruntime's optimized form of a model for the next start: `auto` where that is shorter here."""
     p95_ms: float | None = Field(None, gt=0)
     """Training stands still while the p95 of answers is above; not set, it does not look."""
 
@@ -85,8 +89,8 @@ class ServeSettings(Frozen):
 
     def options(self) -> list[str]:
         """Return what `hedgerow serve` is told besides host and port."""
-        names: tuple[str, ...] = ("api_key_file", "tls_cert", "tls_key", "batch_window_ms")
-        names += ("canary_drop", "rollback_errors", "rollback_p95")
+        names: tuple[str, ...] = ("api_key_file", "admin_key_file", "tls_cert", "tls_key", "batch_window_ms")
+        names += ("canary_drop", "rollback_errors", "rollback_p95", "optimized")
         fields = type(self).model_fields
         told = [
             f"--{name.replace('_', '-')}={value}"

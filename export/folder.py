@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from export import form, metadata
 from export.sign import (
     LARGEST_SIGNATURE_BYTES,
+    MOST_SIGNATURES,
     SIGNATURE,
     Key,
     Keys,
@@ -42,7 +43,7 @@ from export.sign import (
     verify,
 )
 from foundation.artifact import Manifest, Probe
-from foundation.errors import ExportError
+from foundation.errors import ExportError, SignatureError
 from foundation.parameters import Array
 
 MODEL, MANIFEST, PROBE = "model.onnx", "manifest.json", "probe.npz"
@@ -81,14 +82,45 @@ def publish(root: Path, manifest: Manifest, model: bytes, probe: bytes, key: Key
     refuses, and then `current` is what it was.
     """
     files = {MODEL: model, MANIFEST: manifest.model_dump_json(indent=1).encode(), PROBE: probe}
+
+    def signed(target: Path) -> Mapping[str, bytes]:
+        return files if key is None else {SIGNATURE: _signatures(files, key, manifest.agent, target), **files}
+
+    return _published(root, manifest.sha256, signed)
+
+
+def accept(root: Path, sha256: str, files: Mapping[str, bytes]) -> Path:
+    """Write an artifact that was made elsewhere as `publish` does, byte by byte as it came.
+
+    It is the caller's to have checked it: the files are its own by name, with `signature.json` or without.
+    """
+
+    def signature_first(target: Path) -> Mapping[str, bytes]:
+        if SIGNATURE not in files:
+            return files
+        rest = {name: content for name, content in files.items() if name != SIGNATURE}
+        return {SIGNATURE: _with_those_before(files[SIGNATURE], target), **rest}
+
+    return _published(root, sha256, signature_first)
+
+
+def _with_those_before(content: bytes, target: Path) -> bytes:
+    """Return `signature.json` with the signatures of the same model that is there, for a kill in between."""
+    there: tuple[Signature, ...] = ()
+    with suppress(FileNotFoundError, SignatureError):  # damaged ones help nobody
+        there = parse((target / SIGNATURE).read_bytes())
+    both = tuple(dict.fromkeys((*parse(content), *there)))
+    return Signatures(signatures=both[:MOST_SIGNATURES]).model_dump_json(indent=1).encode()
+
+
+def _published(root: Path, sha256: str, files: Callable[[Path], Mapping[str, bytes]]) -> Path:
+    """Write what `files` says for the artifact's folder, make it current, and return the folder."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_writer(root):
             _sweep(root)
-            target = root / manifest.sha256
-            if key is not None:
-                files = {SIGNATURE: _signatures(files, key, manifest.agent, target), **files}
-            _place(root, target, files)
+            target = root / sha256
+            _place(root, target, files(target))
             _point(root, target.name)
             _sweep(root)
     except OSError as error:

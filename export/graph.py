@@ -11,15 +11,19 @@ What differs from the training code, without changing the function:
   folding would cancel digits;
 * with a class token, the last block computes query, output and FFL for that token only;
 * a block without hidden units adds its `down.bias` and nothing else.
+
+Between embedding and head, tokens are rows of a matrix, (tokens x batch, width), so that a product takes its
+bias along (`Gemm`). The tokens come first and the batch second: then heads are read where they lie, as
+onnxruntime takes the transposition of a leading axis into the product, and copies nothing. `Attention` wants
+the batch first, so there it comes first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from foundation.errors import ExportError
@@ -70,7 +74,7 @@ def build(
     if attention and opset < 23:
         raise ExportError(f"opset {opset} has no Attention operator; opset 23 has")
     weights = _checked(spec, parameters)
-    writer = _Writer(weights, opset, attention=attention)
+    writer = _Writer(weights, opset, None if spec.input == "text" else spec.tokens, attention=attention)
     x = _text(writer, spec) if spec.input == "text" else _patches(writer, spec, normalisation, fold)
     mask = _causal_mask(writer, spec) if spec.input == "text" else None
     for i in range(spec.depth):
@@ -85,20 +89,37 @@ def build(
 
 
 class _Writer:
-    """Collects nodes and initializers; a node's output has the node's name."""
+    """Collects nodes and initializers; a node's output has the node's name.
 
-    def __init__(self, weights: Parameters, opset: int, *, attention: bool = False) -> None:
+    `tokens` is how many there are, `None` where the input tells it.
+    """
+
+    def __init__(
+        self, weights: Parameters, opset: int, tokens: int | None, *, attention: bool = False
+    ) -> None:
         self.weights = weights
         self.opset = opset
+        self.tokens = tokens
         self.attention = attention
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.axis = 1 if attention else 0
+        """Which axis counts tokens, where rows are apart; the other of the first two is the batch."""
+        self.model = helper.make_model(
+            helper.make_graph([], "hedgerow", [], []),
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=_IR_OF_OPSET[opset],
+            producer_name="hedgerow",
+        )
+        """Written in place: collected first, every tensor would be in memory three times."""
+        self.graph = self.model.graph
+        self.known: set[str] = set()
+        """Names of constants, and of shapes that nodes compute where the input tells the number of tokens."""
 
     def constant(self, name: str, value: Array) -> str:
         """Store an array under a name, once, and return the name."""
-        if name not in self.initializers:
+        if name not in self.known:
+            self.known.add(name)
             # np.ascontiguousarray would make a rank-0 array rank 1, and the model would not load.
-            self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+            self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def integers(self, name: str, *values: int) -> str:
@@ -118,20 +139,38 @@ class _Writer:
         node = helper.make_node(operator, list(inputs), [name], name)
         for key, value in sorted(attributes.items()):
             node.attribute.append(helper.make_attribute(key, value))
-        self.nodes.append(node)
+        self.graph.node.append(node)
         return name
 
-    def split(self, name: str, x: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-        """Split the last axis into named pieces."""
-        outputs = [f"{name}.{piece}" for piece in sizes]
-        lengths = self.integers(f"{name}.split.sizes", *sizes.values())
-        self.nodes.append(helper.make_node("Split", [x, lengths], outputs, name=f"{name}.split", axis=-1))
+    def split(self, name: str, x: str, pieces: Sequence[str], size: int) -> tuple[str, ...]:
+        """Split axis 2 into named pieces of one size."""
+        outputs = [f"{name}.{piece}" for piece in pieces]
+        lengths = self.integers(f"{name}.split.sizes", *[size] * len(pieces))
+        self.graph.node.append(helper.make_node("Split", [x, lengths], outputs, name=f"{name}.split", axis=2))
         return tuple(outputs)
 
     def linear(self, name: str, x: str, weight: Array, bias: str | None = None) -> str:
-        """Append x @ weight.T (+ bias), with the weight stored transposed, as MatMul wants it."""
-        product = self.node("MatMul", name, x, self.constant(f"{name}.weight.T", weight.T))
-        return product if bias is None else self.node("Add", f"{name}.biased", product, self.tensor(bias))
+        """Append x @ weight.T (+ bias, of a matrix x), with the weight stored transposed."""
+        stored = self.constant(f"{name}.weight.T", weight.T)
+        if bias is None:
+            return self.node("MatMul", name, x, stored)
+        return self.node("Gemm", name, x, stored, self.tensor(bias))
+
+    def together(self, name: str, x: str, width: int) -> str:
+        """Make one matrix, (tokens x batch, width), of what has tokens and batch apart."""
+        return self.node("Reshape", name, x, self.integers("together", -1, width))
+
+    def apart(self, name: str, x: str, *rest: int) -> str:
+        """Undo `together`: (tokens, batch, *rest), or (batch, tokens, *rest) where the batch is first."""
+        shape = "apart." + ".".join(map(str, rest))
+        if self.tokens is not None:
+            self.integers(shape, *((self.tokens, -1) if self.axis == 0 else (-1, self.tokens)), *rest)
+        elif shape not in self.known:
+            self.known.add(shape)
+            whole, last = self.integers("batch", -1), self.integers(f"{shape}.rest", *rest)
+            first = ("sequence", whole) if self.axis == 0 else (whole, "sequence")
+            self.node("Concat", shape, *first, last, axis=0)
+        return self.node("Reshape", name, x, shape)
 
     def layer_norm(self, name: str, x: str) -> str:
         """Append a layer norm over the last axis."""
@@ -139,9 +178,10 @@ class _Writer:
         return self.node("LayerNormalization", name, x, scale, shift, axis=-1, epsilon=_EPSILON)
 
     def first_token(self, name: str, x: str) -> str:
-        """Append a slice that keeps token 0 of (batch, tokens, width), and the axis."""
-        bounds = (self.integers("token.start", 0), self.integers("token.stop", 1))
-        return self.node("Slice", name, x, *bounds, self.integers("token.axis", 1))
+        """Append what takes token 0 of rows that are apart: (batch, width)."""
+        return self.node(
+            "Gather", name, x, self.constant("token.first", np.array(0, np.int64)), axis=self.axis
+        )
 
 
 def _checked(spec: ModelSpec, parameters: Parameters) -> Parameters:
@@ -175,7 +215,7 @@ def _shape_of(name: str, dense: tuple[int, ...], parameters: Parameters) -> tupl
 
 
 def _patches(w: _Writer, spec: ModelSpec, normalisation: Normalisation, fold: bool | None) -> str:
-    """Cut images or series into tokens of shape (batch, tokens, width), positions added."""
+    """Cut images or series into rows of one token each, positions added."""
     mean, std = _channel_statistics(spec, normalisation)
     folds = bool((np.abs(mean) <= _FOLD_LIMIT * std).all()) if fold is None else fold
     weight, bias = w.weights["embed.weight"].astype(np.float64), w.weights["embed.bias"].astype(np.float64)
@@ -193,23 +233,33 @@ def _patches(w: _Writer, spec: ModelSpec, normalisation: Normalisation, fold: bo
     position = w.weights["position"].astype(np.float64)
     if spec.pool == "cls":
         # A row of zeros in front, to which the constant below adds the class token.
-        x = w.node("Pad", "cls.room", x, w.integers("cls.pads", 0, 1, 0, 0, 0, 0))
+        room = [0] * 6
+        room[w.axis] = 1
+        x = w.node("Pad", "cls.room", x, w.integers("cls.pads", *room))
         added = position + np.vstack([w.weights["cls"][None], np.tile(bias, (spec.patches, 1))])
     else:
         added = position + bias
-    return w.node("Add", "tokens", x, w.constant("position", added.astype(np.float32)))
+    added = np.expand_dims(added, 1 - w.axis)
+    x = w.node("Add", "embedded", x, w.constant("position", added.astype(np.float32)))
+    return w.together("tokens", x, spec.width)
 
 
 def _patch_rows(w: _Writer, spec: ModelSpec, x: str) -> str:
-    """Bring raw samples into rows of one patch each: (batch, patches, patch_size)."""
-    rows = w.integers("patches.shape", 0, spec.patches, spec.patch_size)
+    """Bring raw samples into one patch a row, patches and batch apart: (patches, batch, patch_size)."""
+    first = w.axis == 0
+    rows = w.integers(
+        "patches.shape", *((spec.patches, -1) if first else (-1, spec.patches)), spec.patch_size
+    )
     if spec.input == "series":
-        return w.node("Reshape", "patches", x, rows)
+        if not first:
+            return w.node("Reshape", "patches", x, rows)
+        grid = w.integers("patches.grid.shape", 0, spec.patches, spec.patch_size)
+        return w.node("Transpose", "patches", w.node("Reshape", "patches.grid", x, grid), perm=[1, 0, 2])
     c, height, width = spec.shape
     p = spec.patch
     grid = w.integers("patches.grid.shape", 0, c, height // p, p, width // p, p)
     x = w.node("Reshape", "patches.grid", x, grid)
-    x = w.node("Transpose", "patches.ordered", x, perm=[0, 2, 4, 1, 3, 5])
+    x = w.node("Transpose", "patches.ordered", x, perm=[2, 4, 0, 1, 3, 5] if first else [0, 2, 4, 1, 3, 5])
     return w.node("Reshape", "patches", x, rows)
 
 
@@ -238,12 +288,14 @@ def _f32(values: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _text(w: _Writer, spec: ModelSpec) -> str:
-    """Look up characters and add as many positions as there are: (batch, sequence, width)."""
-    x = w.node("Gather", "embed", w.tensor("embed.weight"), INPUT, axis=0)
+    """Look up characters and add as many positions as there are."""
+    ids = w.node("Transpose", "ids", INPUT, perm=[1, 0]) if w.axis == 0 else INPUT
+    x = w.node("Gather", "embed", w.tensor("embed.weight"), ids, axis=0)
     w.node("Shape", "sequence", INPUT, start=1, end=2)
-    bounds = (w.integers("sequence.start", 0), "sequence", w.integers("sequence.axis", 0))
-    position = w.node("Slice", "position.used", w.tensor("position"), *bounds)
-    return w.node("Add", "tokens", x, position)
+    position = w.constant("position", np.expand_dims(w.weights["position"], 1 - w.axis))
+    bounds = (w.integers("sequence.start", 0), "sequence", w.integers("sequence.axis", w.axis))
+    x = w.node("Add", "embedded", x, w.node("Slice", "position.used", position, *bounds))
+    return w.together("tokens", x, spec.width)
 
 
 def _causal_mask(w: _Writer, spec: ModelSpec) -> str:
@@ -257,43 +309,79 @@ def _causal_mask(w: _Writer, spec: ModelSpec) -> str:
 def _attention(w: _Writer, spec: ModelSpec, block: str, x: str, mask: str | None, *, class_only: bool) -> str:
     """Append x + output(attention(norm1(x))); with `class_only`, for token 0 and no other."""
     name, d = f"{block}.attention", spec.width
-    normed = w.layer_norm(f"{block}.norm1", x)
     qkv = w.weights[f"{name}.qkv.weight"].astype(np.float64)
     qkv[:d] /= math.sqrt(d / spec.heads)
     scaled = qkv.astype(np.float32)
     if class_only:
-        query_input = w.first_token(f"{name}.class_token", normed)
-        query = w.linear(f"{name}.query", query_input, scaled[:d])
-        both = w.linear(f"{name}.kv", normed, scaled[d:])
-        key, value = w.split(f"{name}.kv", both, {"key": d, "value": d})
+        x = w.apart(f"{block}.tokens", x, d)
+        normed = w.layer_norm(f"{block}.norm1", x)
+        query = w.linear(f"{name}.query", w.first_token(f"{name}.class_token", normed), scaled[:d])
+        pieces: tuple[str, ...] = ("key", "value")
+        product = w.linear(f"{name}.kv", normed, scaled[d:])
         x = w.first_token(f"{block}.class_token", x)
     else:
-        all_three = w.linear(f"{name}.qkv", normed, scaled)
-        query, key, value = w.split(f"{name}.qkv", all_three, {"query": d, "key": d, "value": d})
-    mixed = _heads(w, spec, name, (query, key, value), mask)
+        query = None
+        normed = w.layer_norm(f"{block}.norm1", x)
+        pieces = ("query", "key", "value")
+        product = w.linear(f"{name}.qkv", normed, scaled)
+    heads = _operator if w.attention else _heads
+    mixed = heads(w, spec, name, query, pieces, product, mask)
     out = w.linear(f"{block}.output", mixed, w.weights[f"{block}.output.weight"], f"{block}.output.bias")
     return w.node("Add", f"{block}.attended", x, out)
 
 
-def _heads(w: _Writer, spec: ModelSpec, name: str, qkv: tuple[str, str, str], mask: str | None) -> str:
-    """Append softmax(q k^T) v per head; heads are contiguous slices of the width."""
-    if w.attention:
-        heads = {"q_num_heads": spec.heads, "kv_num_heads": spec.heads}
-        # The scale is in the query's rows already.
-        return w.node("Attention", f"{name}.joined", *qkv, *([mask] if mask else []), scale=1.0, **heads)
-    apart = w.integers("heads.apart", 0, 0, spec.heads, spec.width // spec.heads)
-    together = w.integers("heads.together", 0, 0, spec.width)
-    query, key, value = (w.node("Reshape", f"{x}.heads", x, apart) for x in qkv)
-    query = w.node("Transpose", f"{query}.first", query, perm=[0, 2, 1, 3])
-    key = w.node("Transpose", f"{key}.first", key, perm=[0, 2, 3, 1])
-    value = w.node("Transpose", f"{value}.first", value, perm=[0, 2, 1, 3])
-    scores = w.node("MatMul", f"{name}.scores", query, key)
+def _heads(
+    w: _Writer,
+    spec: ModelSpec,
+    name: str,
+    query: str | None,
+    pieces: Sequence[str],
+    product: str,
+    mask: str | None,
+) -> str:
+    """Append softmax(q k^T) v per head; heads are contiguous slices of the width.
+
+    `product` has the pieces beside each other; `query`, where it is not one of them, is one row a sample.
+    """
+    size = spec.width // spec.heads
+    rows = w.apart(f"{product}.heads", product, len(pieces) * spec.heads, size)
+    *one, key, value = w.split(name, rows, pieces, spec.heads)
+    if query is None:
+        first = w.node("Transpose", f"{one[0]}.first", one[0], perm=[1, 2, 0, 3])
+    else:
+        first = w.node("Reshape", f"{query}.first", query, w.integers("query", -1, spec.heads, 1, size))
+    key = w.node("Transpose", f"{key}.first", key, perm=[1, 2, 3, 0])
+    value = w.node("Transpose", f"{value}.first", value, perm=[1, 2, 0, 3])
+    scores = w.node("MatMul", f"{name}.scores", first, key)
     if mask is not None:
         scores = w.node("Add", f"{name}.masked", scores, mask)
     weights = w.node("Softmax", f"{name}.weights", scores, axis=-1)
     mixed = w.node("MatMul", f"{name}.mixed", weights, value)
-    mixed = w.node("Transpose", f"{name}.mixed.tokens", mixed, perm=[0, 2, 1, 3])
-    return w.node("Reshape", f"{name}.joined", mixed, together)
+    if query is None:
+        mixed = w.node("Transpose", f"{name}.mixed.tokens", mixed, perm=[2, 0, 1, 3])
+    return w.together(f"{name}.joined", mixed, spec.width)
+
+
+def _operator(
+    w: _Writer,
+    spec: ModelSpec,
+    name: str,
+    query: str | None,
+    pieces: Sequence[str],
+    product: str,
+    mask: str | None,
+) -> str:
+    """Append the same as `_heads` does, as one operator."""
+    d = spec.width
+    rows = product if query else w.apart(f"{product}.apart", product, len(pieces) * d)
+    *one, key, value = w.split(name, rows, pieces, d)
+    if query is not None:
+        one = [w.node("Reshape", f"{query}.first", query, w.integers("query", -1, 1, d))]
+    heads = {"q_num_heads": spec.heads, "kv_num_heads": spec.heads}
+    inputs = (*one, key, value, *([mask] if mask else []))
+    # The scale is in the query's rows already.
+    mixed = w.node("Attention", f"{name}.mixed", *inputs, scale=1.0, **heads)
+    return w.together(f"{name}.joined", mixed, d)
 
 
 def _ffl(w: _Writer, block: str, x: str) -> str:
@@ -315,37 +403,32 @@ def _ffl(w: _Writer, block: str, x: str) -> str:
 def _head(w: _Writer, spec: ModelSpec, x: str) -> None:
     """Append the last norm, the pooling and the head, which is called `logits`."""
     x = w.layer_norm("norm", x)
+    weight = w.weights["head.weight"]
     if spec.input != "text":
-        x = _pooled(w, spec, x)
-    product = w.node("MatMul", "head", x, w.constant("head.weight.T", w.weights["head.weight"].T))
-    w.node("Add", LOGITS, product, w.tensor("head.bias"))
+        pooled = x if spec.pool == "cls" else _mean(w, spec, x)  # of a class token nothing else is left
+        w.linear(LOGITS, pooled, weight, "head.bias")
+        return
+    rows = w.linear("head", x, weight, "head.bias")
+    if w.axis == 1:
+        w.apart(LOGITS, rows, spec.classes)
+    else:
+        w.node("Transpose", LOGITS, w.apart("head.tokens", rows, spec.classes), perm=[1, 0, 2])
 
 
-def _pooled(w: _Writer, spec: ModelSpec, x: str) -> str:
-    """Bring (batch, tokens, width) to (batch, width): the class token, or the mean."""
-    if spec.pool == "cls":
-        return w.node("Reshape", "pooled", x, w.integers("pooled.shape", 0, spec.width))
+def _mean(w: _Writer, spec: ModelSpec, x: str) -> str:
+    """Bring rows to (batch, width): the mean over the tokens."""
+    x = w.apart("norm.tokens", x, spec.width)
     if w.opset < 18:
-        return w.node("ReduceMean", "pooled", x, axes=[1], keepdims=0)
-    return w.node("ReduceMean", "pooled", x, w.integers("pooled.axes", 1), keepdims=0)
+        return w.node("ReduceMean", "pooled", x, axes=[w.axis], keepdims=0)
+    return w.node("ReduceMean", "pooled", x, w.integers("pooled.axes", w.axis), keepdims=0)
 
 
 def _serialised(w: _Writer, spec: ModelSpec, outputs: list[str], metadata: Mapping[str, str]) -> bytes:
     text = spec.input == "text"
     kind, shape = (TensorProto.INT64, ("sequence",)) if text else (TensorProto.FLOAT, spec.shape)
     answer = ("batch", "sequence", spec.classes) if text else ("batch", spec.classes)
-    graph = helper.make_graph(
-        w.nodes,
-        "hedgerow",
-        [helper.make_tensor_value_info(INPUT, kind, ("batch", *shape))],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, answer) for name in outputs],
-        list(w.initializers.values()),
-    )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", w.opset)],
-        ir_version=_IR_OF_OPSET[w.opset],
-        producer_name="hedgerow",
-    )
-    helper.set_model_props(model, dict(sorted(metadata.items())))
-    return bytes(model.SerializeToString(deterministic=True))
+    w.graph.input.append(helper.make_tensor_value_info(INPUT, kind, ("batch", *shape)))
+    for name in outputs:
+        w.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, answer))
+    helper.set_model_props(w.model, dict(sorted(metadata.items())))
+    return bytes(w.model.SerializeToString(deterministic=True))

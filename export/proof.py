@@ -6,6 +6,7 @@ Used twice with the same code: at export, and on the device each time an artifac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -45,24 +46,33 @@ class Parity:
     tolerance: float
 
 
-def open_session(model: bytes) -> ort.InferenceSession:
+def open_session(model: bytes, *, optimized: bool = False, write: Path | None = None) -> ort.InferenceSession:
     """Open a model from its bytes: CPU, one thread, no spinning.
 
     Bytes and not a path, so that what was hashed is what is run. One thread, as a small model gains
-    nothing from two, and spinning would burn ten times the energy of the run itself. Raises `ProofFailed`
-    when onnxruntime cannot open it.
+    nothing from two, and spinning would burn ten times the energy of the run itself. `write` is a file for
+    the form that onnxruntime optimizes the model to; `optimized` says that the bytes are such a form. Raises
+    `ProofFailed` when onnxruntime cannot open it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # what goes wrong is raised, and said once
+    if optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if write is not None:
+        options.optimized_model_filepath = str(write)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise ProofFailed(
             f"onnxruntime {ort.__version__} cannot open the model{_of_opset(model)}: {error}"
         ) from error
+    # The file's bytes would stay for as long as the session, for another try with other providers.
+    session.disable_fallback()
+    session._model_bytes = b""
+    return session
 
 
 def default_tolerance(probe: Probe) -> float:

@@ -42,6 +42,7 @@ SIGNATURE = "signature.json"
 SIGNED = ("model.onnx", "manifest.json", "probe.npz")
 DEVICE_KEY, COORDINATOR_KEY, TRUSTED = "signing.key", "signing.ed25519", "trusted"
 LARGEST_SIGNATURE_BYTES = 16 << 10
+MOST_SIGNATURES = 8
 
 _KEY_BYTES = 32
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
@@ -60,7 +61,7 @@ class Signature(Frozen):
 class Signatures(Frozen):
     """What `signature.json` says; any one that is right will do."""
 
-    signatures: tuple[Signature, ...] = Field((), max_length=8)
+    signatures: tuple[Signature, ...] = Field((), max_length=MOST_SIGNATURES)
 
 
 @dataclass(frozen=True, slots=True)

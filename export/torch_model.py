@@ -36,6 +36,7 @@ from foundation.normalisation import Normalisation
 from foundation.parameters import Array
 
 PROBE_SAMPLES = 8
+_FIRST_OPSET = 18
 
 
 def export_torch_model(
@@ -122,15 +123,31 @@ def _exported(model: torch.nn.Module, example: torch.Tensor, opset: int, *, text
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [LOGITS], "opset_version": opset}
     try:
         if find_spec("onnxscript") is not None:
-            dimensions = {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
-            program = torch.onnx.export(
-                model, (example,), dynamo=True, dynamic_shapes=(dimensions,), external_data=False, **names
-            )
-            assert program is not None
-            return program.model_proto
+            return _programmed(model, example, axes, names)
         return _traced(model, example, {INPUT: axes, LOGITS: axes}, names)
     except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
         raise ExportError(f"torch cannot export this model: {error}") from error
+
+
+def _programmed(
+    model: torch.nn.Module, example: torch.Tensor, axes: Mapping[int, str], names: dict[str, Any]
+) -> onnx.ModelProto:
+    """Return what torch's present exporter makes, which begins at opset 18."""
+    names = {**names, "opset_version": max(names["opset_version"], _FIRST_OPSET)}
+    dimensions = {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):  # of torch's own ways, not of the model
+            warnings.simplefilter("ignore", kind)
+        program = torch.onnx.export(
+            *(model, (example,)),
+            dynamo=True,
+            dynamic_shapes=(dimensions,),
+            external_data=False,
+            verbose=False,
+            **names,
+        )
+    assert program is not None
+    return program.model_proto
 
 
 def _traced(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge_agent.serving import owner, record
+from edge_agent.serving import admin, owner, record
 from foundation.errors import ExportError
 
 DONE, FAILED = 0, 1
@@ -76,12 +76,7 @@ def _shown(folder: Path, *, as_json: bool) -> None:
     found, problems = owner.known(folder)
     said = record.read(folder)
     if as_json:
-        models = [
-            {"links": one.links, "barred": one.barred, "manifest": one.manifest.model_dump(mode="json")}
-            for one in found
-        ]
-        verdicts = [verdict.model_dump(mode="json") for verdict in said.verdicts]
-        print(json.dumps({"models": models, "verdicts": verdicts, "problems": problems}))
+        print(json.dumps(admin.models(folder)))
         return
     table = Table("run", "round", "sha256", "accuracy", "which", box=None)
     for one in found:
@@ -93,5 +88,7 @@ def _shown(folder: Path, *, as_json: bool) -> None:
     console.print(table)
     for verdict in said.verdicts:
         console.print(f"{verdict.at:%Y-%m-%d %H:%M} UTC  {verdict}", markup=False, highlight=False)
+    for action in said.actions:
+        console.print(f"{action.at:%Y-%m-%d %H:%M} UTC  {action}", markup=False, highlight=False)
     for problem in problems:
         console.print(f"damaged: {problem}", markup=False, highlight=False)

@@ -10,7 +10,6 @@ import ssl
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -22,6 +21,7 @@ from edge_agent.serving.predictor import Predictor, Rules
 from edge_agent.serving.pressure import Pressure
 from edge_agent.serving.runner import MOST_IN_FLIGHT
 from edge_agent.serving.trial import Band
+from edge_agent.serving.web import Protocol, Server
 from export.proof import LARGEST_BATCH
 from foundation.errors import ExportError, SettingsError
 from foundation.hosts import is_loopback
@@ -42,28 +42,6 @@ _EXAMPLES = """examples:
 
 docs/models.md has the rest. Ends with 0 when stopped, 1 when the address is taken, 2 when an option is wrong,
 3 when no artifact in the folder proves itself."""
-
-
-class _AnnouncingServer(uvicorn.Server):
-    """Says where it answers, once it does; and that it is not ready any more, once it is told to end."""
-
-    def __init__(self, config: uvicorn.Config, application: Application) -> None:
-        super().__init__(config)
-        self._application = application
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as usual, then print one line with the address."""
-        await super().startup(sockets)
-        scheme = "https" if self.config.is_ssl else "http"
-        for bound in sockets or []:
-            host, port = bound.getsockname()[:2]
-            sys.stdout.write(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}\n")
-        sys.stdout.flush()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End: what is being answered is answered, health says 503."""
-        self._application.leave()
-        super().handle_exit(sig, frame)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = uvicorn.Config(
         application,
         interface="asgi3",
+        http=Protocol,
         lifespan="on",
         ws="none",
         proxy_headers=False,
@@ -112,11 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
+        date_header=False,  # the application's: uvicorn would have to wake for it every second
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )
     with listening:
-        _AnnouncingServer(config, application).run(sockets=[listening])
+        Server(config, application.leave).run(sockets=[listening])
     return DONE
 
 
@@ -134,7 +114,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
 
 def _rules(options: argparse.Namespace) -> Rules:
     band = None if options.no_rollback else Band(options.rollback_errors, options.rollback_p95)
-    return Rules(options.agent, options.canary_drop, band)
+    return Rules(options.agent, options.canary_drop, band, options.optimized)
 
 
 def _guard(options: argparse.Namespace) -> Guard:
@@ -158,7 +138,8 @@ def _guard(options: argparse.Namespace) -> Guard:
             raise SettingsError(f"--tls-cert and --tls-key cannot be used: {error}") from error
     elif key is not None and not loopback:
         logger.warning("the key travels in the clear: --tls-cert and --tls-key encrypt it")
-    return Guard(key, loopback=loopback)
+    admin_key = read_key(options.admin_key_file) if options.admin_key_file else None
+    return Guard(key, loopback=loopback, admin_key=admin_key)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -194,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--host", default="127.0.0.1", help="beyond loopback only with a key, or --insecure")
     where.add_argument("--port", type=int, default=8090, help="0 picks a free one")
     where.add_argument("--api-key-file", type=Path, help="file with the key that clients have to send")
+    where.add_argument(
+        "--admin-key-file",
+        type=Path,
+        help="file with the key for /admin/ (pin, unpin, roll back); without it, the clients' key",
+    )
     where.add_argument("--tls-cert", type=Path, help="certificate chain in PEM: serve HTTPS")
     where.add_argument("--tls-key", type=Path, help="its private key in PEM, not encrypted")
     where.add_argument("--insecure", action="store_true", help="the network may ask without a key")
@@ -223,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Band().p95,
         metavar="TIMES",
         help="the p95 of the model before that a new one may take; more rolls it back",
+    )
+    which.add_argument(
+        "--optimized",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="keep onnxruntime's optimized form of a model for the next start; auto where it pays",
     )
     which.add_argument("--no-rollback", action="store_true", help="a model that was taken stays")
     parser.add_argument("--report", type=int, metavar="FD", help=argparse.SUPPRESS)

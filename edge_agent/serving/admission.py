@@ -12,10 +12,11 @@ from statistics import median
 import numpy as np
 import onnxruntime as ort
 
+from edge_agent.serving.optimized import Forms, Head
 from export.folder import load_artifact
 from export.proof import RUNTIME_ERRORS, Parity, open_session, prove
 from export.sign import Keys
-from foundation.artifact import Manifest
+from foundation.artifact import Manifest, Probe
 from foundation.errors import DataError, ExportError, ProofFailed
 from foundation.parameters import Array
 
@@ -36,6 +37,8 @@ class Handle:
     """Median wall time of one batch-1 run when it was loaded."""
     sample: Array
     """One raw sample of its probe (1, *shape), to measure with."""
+    optimized: bool = False
+    """Whether it was opened from the form that this device keeps of it."""
 
     @property
     def version(self) -> str:
@@ -43,23 +46,47 @@ class Handle:
         return str(self.manifest.round)
 
 
-def load(folder: Path, agent: str | None = None) -> Handle:
+def load(folder: Path, agent: str | None = None, forms: Forms | None = None) -> Handle:
     """Load one artifact's folder, check it, prove its answers on this device, and warm it up.
 
-    With `agent`, it has to be that agent's. Raises `ExportError` for files that are not what they say and
-    for a model that was made for another device or in an opset that is not run here, `ProofFailed` for
-    answers that differ.
+    With `agent`, it has to be that agent's. `forms` are the optimized forms that are kept of models; without
+    one, or with one that does not prove itself, the model itself is opened. Raises `ExportError` for files
+    that are not what they say and for a model that was made for another device or in an opset that is not
+    run here, `ProofFailed` for answers that differ.
     """
     # The one place where artifacts come in: all is checked on the bytes that are run.
     manifest, model, probe = load_artifact(folder, Keys.beside(folder), agent=agent)
+    kept = None if forms is None else _kept(forms, manifest, probe)
+    session, parity = kept or _opened(manifest, model, probe)
+    sample = probe.inputs[:1]
+    times = [_timed(session, sample) for _ in range(_WARM_UPS)]
+    return Handle(manifest, session, parity, folder, 1e3 * median(times), sample, kept is not None)
+
+
+def keep(folder: Path, forms: Forms, agent: str | None = None) -> Head | None:
+    """Make the optimized form of an artifact that was loaded, and keep it; raises as `load` does."""
+    manifest, model, probe = load_artifact(folder, Keys.beside(folder), agent=agent)
+    return forms.keep(manifest.sha256, model, lambda session: prove(session, probe, manifest.tolerance))
+
+
+def _opened(manifest: Manifest, model: bytes, probe: Probe) -> tuple[ort.InferenceSession, Parity]:
     try:
         session = open_session(model)
     except ProofFailed as error:
         raise ProofFailed(f"the model of opset {manifest.opset} is not opened here: {error}") from error
-    parity = prove(session, probe, manifest.tolerance)
-    sample = probe.inputs[:1]
-    times = [_timed(session, sample) for _ in range(_WARM_UPS)]
-    return Handle(manifest, session, parity, folder, 1e3 * median(times), sample)
+    return session, prove(session, probe, manifest.tolerance)
+
+
+def _kept(forms: Forms, manifest: Manifest, probe: Probe) -> tuple[ort.InferenceSession, Parity] | None:
+    session = forms.open(manifest.sha256)
+    if session is None:
+        return None
+    try:
+        return session, prove(session, probe, manifest.tolerance)
+    except ProofFailed as error:
+        logger.warning("the optimized form of %s is not used: %s", manifest.sha256[:12], error)
+        forms.drop(manifest.sha256)
+        return None
 
 
 def owner_of(folder: Path) -> str | None:

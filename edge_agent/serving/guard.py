@@ -12,6 +12,8 @@ from edge_agent.serving.answers import Refused
 from foundation.errors import SettingsError
 
 SHORTEST_KEY, LONGEST_KEY = 16, 512
+ADMIN = "/admin/"
+"""Addresses that decide which model serves."""
 OPEN = frozenset({"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"})
 """Answered without a key: whether it is alive, and the page, which without it says nothing of the model."""
 
@@ -19,8 +21,12 @@ OPEN = frozenset({"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/r
 class Guard:
     """Decides whether a request is answered. Without a key everybody who reaches the port may ask."""
 
-    def __init__(self, key: str | None = None, *, loopback: bool = False) -> None:
+    def __init__(
+        self, key: str | None = None, *, loopback: bool = False, admin_key: str | None = None
+    ) -> None:
+        """Take the clients' key, and the one of whoever decides which model serves: not set, the same."""
         self._key = None if key is None else _digest(key.encode())
+        self._admin_key = self._key if admin_key is None else _digest(admin_key.encode())
         self._loopback = loopback and key is None
 
     @property
@@ -30,11 +36,7 @@ class Guard:
 
     def knows(self, headers: dict[bytes, bytes]) -> bool:
         """Whether a request has the key, as `Authorization: Bearer` or `x-api-key`; true without a key."""
-        if self._key is None:
-            return True
-        scheme, _, told = headers.get(b"authorization", b"").partition(b" ")
-        given = told.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        return hmac.compare_digest(_digest(given), self._key)
+        return _has(headers, self._key)
 
     def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Let a request through, or raise `Refused`: 401 without the key, 403 for a foreign page or name."""
@@ -43,14 +45,31 @@ class Guard:
             raise Refused(403, "this server answers on loopback only: call it 127.0.0.1 or localhost")
         if path in OPEN:
             return
-        if not self.knows(headers):
+        admin = path.startswith(ADMIN)
+        key = self._admin_key if admin else self._key
+        if not _has(headers, key):
+            which = "the owner's key" if key is not self._key else "the key"
             raise Refused(
                 401,
-                "send the key of this server, as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+                f"send {which} of this server, as `Authorization: Bearer KEY` or `x-api-key: KEY`",
                 ("WWW-Authenticate", "Bearer"),
             )
-        if not self.keyed and method == "POST" and _foreign(headers):
+        if admin and key is None and not self._loopback:
+            raise Refused(
+                403,
+                "which model serves is not decided by the network without a key: --api-key-file asks for one",
+            )
+        if key is None and method == "POST" and _foreign(headers):
             raise Refused(403, "a page of another origin may not ask this server")
+
+
+def _has(headers: dict[bytes, bytes], key: bytes | None) -> bool:
+    """Whether a request has a key, by its digest; true where there is none."""
+    if key is None:
+        return True
+    scheme, _, told = headers.get(b"authorization", b"").partition(b" ")
+    given = told.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    return hmac.compare_digest(_digest(given), key)
 
 
 def read_key(path: Path) -> str:

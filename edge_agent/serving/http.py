@@ -13,11 +13,12 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_agent.serving import bodies, card, control, describe, people, pictures, protocol
+from edge_agent.serving import admin, bodies, card, control, describe, people, pictures, protocol
 from edge_agent.serving.answers import Answer, Refused, as_json, refusal
 from edge_agent.serving.bodies import Bodies, Receive
 from edge_agent.serving.guard import Guard
@@ -60,6 +61,8 @@ class Ask(NamedTuple):
     headers: dict[bytes, bytes]
     receive: Receive
     start: float
+    client: str = ""
+    """Where it came from; empty where that is not known."""
     model: str = ""
     version: str | None = None
 
@@ -100,6 +103,7 @@ class Application:
         self._watcher: asyncio.Task[None] | None = None
         self._known_refusal: str | None = None
         self._top = ("", 0.0)
+        self._date = (0, b"")
         self._paths: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._page},
             "/page.css": {"GET": self._asset},
@@ -107,6 +111,10 @@ class Application:
             "/manifest": {"GET": self._manifest},
             "/metrics": {"GET": self._counters},
             "/predict": {"POST": self._predict},
+            "/admin/models": {"GET": self._models},
+            "/admin/pin": {"POST": self._decide},
+            "/admin/unpin": {"POST": self._decide},
+            "/admin/rollback": {"POST": self._decide},
             "/v2": {"GET": self._server},
             "/v2/health/live": {"GET": self._live},
             "/v2/health/ready": {"GET": self._ready},
@@ -161,6 +169,7 @@ class Application:
             dict(scope["headers"]),
             receive,
             time.perf_counter(),
+            (scope.get("client") or ("",))[0],
         )
         try:
             self._guard.check(ask.method, ask.path, ask.headers)
@@ -174,12 +183,20 @@ class Application:
             answer = found
         self.metrics.requests[answer.status] += 1
         headers = [
+            (b"date", self._now()),
             (b"content-type", answer.kind.encode()),
             (b"content-length", str(len(answer.body)).encode()),
             *((name.encode(), value.encode()) for name, value in answer.headers),
         ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+
+    def _now(self) -> bytes:
+        """Return the time as HTTP writes it."""
+        second = int(time.time())
+        if second != self._date[0]:
+            self._date = (second, formatdate(second, usegmt=True).encode())
+        return self._date[1]
 
     def _route(self, ask: Ask) -> tuple[Handler, Ask]:
         methods = self._paths.get(ask.path)
@@ -206,11 +223,14 @@ class Application:
     # --- newer artifacts ------------------------------------------------------------------------
 
     async def _watch(self, every_s: float) -> None:
-        """Look for a newer artifact again and again."""
+        """Look for a newer artifact again and again; where nothing has changed, that is two system calls."""
         while True:
             await asyncio.sleep(every_s)
             try:
-                await self._look()
+                if not self._predictor.unchanged():
+                    await self._look()
+                if self._predictor.keeps_none:
+                    await asyncio.to_thread(self._predictor.keep)
             except Exception:  # the watch outlives whatever went wrong with one artifact
                 logger.exception("looking for a newer artifact failed")
 
@@ -336,6 +356,21 @@ class Application:
         if self._settings.control is None:
             raise Refused(403, "clients may not change what is served here; --control lets them")
         return self._settings.control
+
+    # --- for the owner ---------------------------------------------------------------------------
+
+    async def _models(self, _: Ask) -> Answer:
+        return as_json(await asyncio.to_thread(admin.models, self._predictor.root))
+
+    async def _decide(self, ask: Ask) -> Answer:
+        """Pin, unpin or roll back, look at once, and tell which model serves then."""
+        root = self._predictor.root
+        async with self._bodies.read(ask.headers, ask.receive) as body:
+            done = await asyncio.to_thread(admin.ACTIONS[ask.path], root, body, f"http {ask.client}".strip())
+        logger.info("%s by %s: %s", ask.path, ask.client or "nobody known", done)
+        refusal = await self._look()
+        serves = self._predictor.manifest
+        return as_json({**done, "serves": serves.sha256, "serves_round": serves.round, "refusal": refusal})
 
     # --- the protocol: inference ----------------------------------------------------------------
 

@@ -52,10 +52,14 @@ def known(folder: Path) -> tuple[list[Known], list[str]]:
     return sorted(found, key=lambda one: (one.manifest.round, one.manifest.sha256)), problems
 
 
-def pin(folder: Path, wanted: str | None = None) -> Manifest:
+HERE = "command line"
+"""By whom, where it is not said: whoever types on this device."""
+
+
+def pin(folder: Path, wanted: str | None = None, *, by: str = HERE) -> Manifest:
     """Pin an artifact by its round or the beginning of its SHA-256; without, the one that serves.
 
-    Raises `ExportError` when there is no such artifact, or several.
+    `by` is written down beside it. Raises `ExportError` when there is no such artifact, or several.
     """
     if wanted is None:
         name = linked(folder, SERVING) or linked(folder, CURRENT)
@@ -66,19 +70,24 @@ def pin(folder: Path, wanted: str | None = None) -> Manifest:
         there = ", ".join(f"{one.manifest.round} ({one.manifest.sha256[:12]})" for one in known(folder)[0])
         what = "several artifacts are" if chosen else "no artifact is"
         raise ExportError(f"{what} {wanted or 'serving'!r}; there are rounds {there or 'none'}")
-    record.note(folder, links={PINNED: chosen[0].manifest.sha256})
-    return chosen[0].manifest
+    manifest = chosen[0].manifest
+    record.note(folder, action=record.action("pin", manifest, by), links={PINNED: manifest.sha256})
+    return manifest
 
 
-def unpin(folder: Path) -> bool:
+def unpin(folder: Path, *, by: str = HERE) -> bool:
     """Let the folder's newest artifact serve again, if it proves itself; returns whether one was pinned."""
     if not (folder / PINNED).is_symlink():
         return False
-    record.note(folder, links={PINNED: None})
+    pinned = linked(folder, PINNED)
+    manifest = next((one.manifest for one in known(folder)[0] if one.manifest.sha256 == pinned), None)
+    record.note(folder, action=record.action("unpin", manifest, by), links={PINNED: None})
     return True
 
 
-def roll_back(folder: Path, reason: str = "rolled back by hand") -> tuple[Verdict, Manifest]:
+def roll_back(
+    folder: Path, reason: str = "rolled back by hand", *, by: str = HERE
+) -> tuple[Verdict, Manifest]:
     """Bar the model that serves, so that an earlier one does; returns the verdict and the earlier one.
 
     Raises `ExportError` when the model is pinned, or when no earlier one is whole.
@@ -98,7 +107,8 @@ def roll_back(folder: Path, reason: str = "rolled back by hand") -> tuple[Verdic
         except ExportError:
             continue  # not whole: the next one may be
         verdict = record.verdict_on(folder / serving, "rolled_back", reason)
-        record.note(folder, verdict, bar=True)
+        told = next((one.manifest for one in known(folder)[0] if one.manifest.sha256 == serving), None)
+        record.note(folder, verdict, bar=True, action=record.action("rollback", told, by, reason))
         return verdict, earlier
     raise ExportError(f"there is no earlier model in {folder} to go back to")
 

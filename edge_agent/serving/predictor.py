@@ -18,20 +18,25 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.memory import give_back
 from edge_agent.serving import canary, record
 from edge_agent.serving.admission import Handle as Handle
-from edge_agent.serving.admission import load, owner_of, run, side_by_side
+from edge_agent.serving.admission import keep, load, owner_of, run, side_by_side
+from edge_agent.serving.optimized import Choice, Forms
 from edge_agent.serving.trial import Band, Trial, Window
 from export.folder import CURRENT, FALLBACK, GOOD, PINNED, PREVIOUS, SERVING, linked, resolve
 from export.proof import LARGEST_BATCH
 from foundation.artifact import Manifest
 from foundation.errors import DataError, ExportError
+from foundation.memory import give_back
 from foundation.messages import Verdict
 from foundation.parameters import Array
 
 logger = logging.getLogger(__name__)
 
+SURE_S = 60.0
+"""How long a look is good for where nothing seems to have changed."""
+_COARSE_S = 2.0
+"""No file system with links keeps times more coarsely."""
 _CANARY_BATCH = 8
 """A larger batch would leave its memory with the process."""
 
@@ -46,6 +51,8 @@ class Rules:
     """Points of accuracy on the canary set that a new model may lose; not set, what chance explains."""
     band: Band | None = field(default_factory=Band)
     """`None`: a model that was taken stays."""
+    optimized: Choice = "auto"
+    """Whether onnxruntime's optimized form of a model is kept for the next start: `auto` where it pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,15 @@ class _Serving:
     trial: Trial | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Calm:
+    """A look that changed nothing: what it saw, and when."""
+
+    seen: tuple[int, ...]
+    wall_s: float
+    looked_at: float
+
+
 class _Worse(ExportError):  # noqa: N818 - named for what was found
     """A sound model that is worse than the one that serves."""
 
@@ -109,10 +125,13 @@ class Predictor:
         self._drop, self._band = rules.canary_drop, rules.band
         self._alone = not (folder / CURRENT).is_symlink()
         """One artifact's own folder: there is nothing to choose, and nothing is written down."""
+        self._forms = None if self._alone or rules.optimized == "off" else Forms(folder, rules.optimized)
+        self._kept: Path | None = None
         self._reloading = threading.Lock()
         self._refused: tuple[Path, int, str] | None = None
         self._stuck: Handle | None = None
         self._unwritten: str | None = None
+        self._calm: _Calm | None = None
         self._serving = _Serving(self._first(), Window())
         self.reload()
 
@@ -163,12 +182,55 @@ class Predictor:
         artifact is not tried again until its link or its files change.
         """
         with self._reloading:
+            seen = _seen(self._folder, self._refused)  # first: what changes from here on is looked at again
             before = self._serving
             found = self._judged() or self._called_back() or self._looked()
             if self._serving is not before:
                 del before
                 give_back()  # of the model that is gone: the C library keeps what was freed
+            calm = not found.changed and self._serving.trial is None
+            self._calm = _Calm(seen, time.time(), time.monotonic()) if calm and seen else None
             return found
+
+    def unchanged(self) -> bool:
+        """Whether `reload` would find what it found the last time: cheap, and true only if it is sure.
+
+        Links and record are replaced, never written to, so the time of their folder tells. A time that is
+        less than two seconds before the look proves nothing (a second change would have the same), and once
+        a minute everything is looked at anyway.
+        """
+        calm = self._calm
+        if calm is None or self._serving.trial is not None or time.monotonic() - calm.looked_at > SURE_S:
+            return False
+        if any(calm.wall_s - ns / 1e9 < _COARSE_S for ns in calm.seen):
+            return False
+        return _seen(self._folder, self._refused) == calm.seen
+
+    @property
+    def root(self) -> Path:
+        """The folder of artifacts; raises `ExportError` where one artifact alone is served."""
+        if self._alone:
+            raise ExportError(
+                "this server serves one artifact, not a folder of them: there is nothing to choose"
+            )
+        return self._folder
+
+    @property
+    def keeps_none(self) -> bool:
+        """Whether the optimized form of the model that serves is still to be kept; not of one on trial."""
+        serving = self._serving
+        return self._forms is not None and serving.trial is None and self._kept != serving.handle.folder
+
+    def keep(self) -> None:
+        """Keep the optimized form of the model that serves, for the next start; tried once for each model."""
+        folder = self._serving.handle.folder
+        self._kept = folder
+        if self._forms is None or self._serving.handle.optimized:
+            return
+        try:
+            keep(folder, self._forms, self._agent)
+        except (ExportError, OSError) as error:
+            logger.warning("no optimized form of %s is kept: %s", folder.name[:12], error)
 
     # --- looking for another model -------------------------------------------------------------
 
@@ -187,7 +249,7 @@ class Predictor:
         if self._refused is not None and self._refused[:2] == (target, stamp):
             return Reload(changed=False, refusal=self._refused[2])
         try:
-            candidate = load(target, self._agent)
+            candidate = load(target, self._agent, self._forms)
             if not chosen:
                 self._compare(candidate)
         except ExportError as error:
@@ -302,7 +364,7 @@ class Predictor:
             if folder == serving.handle.folder or folder.name in said.barred:
                 continue
             try:
-                handle = load(folder, self._agent)
+                handle = load(folder, self._agent, self._forms)
             except ExportError as error:
                 logger.warning("cannot go back to %s: %s", folder.name[:12], error)
                 continue
@@ -331,7 +393,7 @@ class Predictor:
                 continue
             tried.append(folder)
             try:
-                handle = load(folder, self._agent)
+                handle = load(folder, self._agent, self._forms)
             except ExportError as error:
                 reasons.append(error)
                 self._refuse(folder, _stamp(folder), error)
@@ -369,6 +431,18 @@ class Predictor:
         if str(error) != self._unwritten:
             self._unwritten = str(error)
             logger.warning("what is decided here will be forgotten at the next start: %s", error)
+
+
+def _seen(folder: Path, refused: tuple[Path, int, str] | None) -> tuple[int, ...]:
+    """Return when a folder of artifacts changed last, and what was refused of it, in nanoseconds.
+
+    Nothing where that cannot be told.
+    """
+    known = [folder] if refused is None else [folder, refused[0], *sorted(refused[0].glob("*"))]
+    try:
+        return tuple(path.stat().st_mtime_ns for path in known)
+    except OSError:
+        return ()
 
 
 def _stamp(folder: Path) -> int:
@@ -424,6 +498,9 @@ def _ids(manifest: Manifest, x: Array) -> Array:
 def _values(x: Array) -> Array:
     if x.dtype.kind not in "iuf":
         raise DataError(f"the input has to be numbers, not {x.dtype}")
-    if not (np.abs(x) <= np.finfo(np.float32).max).all():
+    if x.dtype != np.float32 and not (np.abs(x) <= np.finfo(np.float32).max).all():
         raise DataError("the input has values that are not finite in float32")
-    return x.astype(np.float32)
+    values = x.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise DataError("the input has values that are not finite in float32")
+    return values

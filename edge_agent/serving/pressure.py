@@ -38,11 +38,13 @@ class Pressure:
         self._clock = clock
         self._lock = threading.Lock()
         self._answers: deque[tuple[float, float]] = deque(maxlen=_MOST)
+        self._news = threading.Event()
 
     def answered(self, seconds: float) -> None:
         """Count one answer."""
         with self._lock:
             self._answers.append((self._clock(), 1e3 * seconds))
+        self._news.set()
 
     def load(self) -> Load:
         """Return what was answered in the last five seconds."""
@@ -53,8 +55,16 @@ class Pressure:
             times = sorted(ms for _, ms in self._answers)
         return Load(requests=len(times), p95_ms=p95(times) if times else None)
 
+    def _until_older(self) -> float | None:
+        """Return the seconds until the oldest answer no longer counts; `None` without answers."""
+        with self._lock:
+            return max(0.0, self._answers[0][0] + WINDOW_S - self._clock()) if self._answers else None
+
     def report(self, descriptor: int) -> threading.Thread:
-        """Start a thread that writes the load to a pipe, four times a second while it changes."""
+        """Start a thread that writes the load to a pipe, at most four times a second, and sleeps while idle.
+
+        A new answer wakes it, and so does the end of the last one's five seconds.
+        """
         thread = threading.Thread(target=self._write, args=(descriptor,), name="pressure", daemon=True)
         thread.start()
         return thread
@@ -71,6 +81,8 @@ class Pressure:
                     logger.warning("nobody listens how long answers take: %s", error)
                     return
             time.sleep(REPORT_S)
+            self._news.wait(self._until_older())
+            self._news.clear()
 
 
 class Gauge:

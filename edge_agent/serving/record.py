@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from export import folder as artifacts
 from foundation.artifact import Manifest
@@ -27,8 +27,27 @@ logger = logging.getLogger(__name__)
 FILE = "serving.json"
 KEPT_VERDICTS = 16
 KEPT_BARRED = 64
+KEPT_ACTIONS = 32
+_LONGEST_BY = 80
 LARGEST_BYTES = 256 << 10
 _LONGEST_REASON = 1000
+
+
+class Action(Frozen):
+    """What an owner decided, and from where."""
+
+    kind: Literal["pin", "unpin", "rollback"]
+    sha256: str | None = Field(None, max_length=64)
+    """The model that was pinned, unpinned or rolled back."""
+    round: int | None = None
+    by: str = Field(max_length=_LONGEST_BY)
+    """`command line`, or `http` and the address that asked."""
+    reason: str | None = Field(None, max_length=1000)
+    at: AwareDatetime
+
+    def __str__(self) -> str:
+        which = "a model" if self.sha256 is None else f"{self.sha256[:12]}… of round {self.round}"
+        return f"{self.kind} {which}, by {self.by}" + (f": {self.reason}" if self.reason else "")
 
 
 class Record(Frozen):
@@ -38,6 +57,8 @@ class Record(Frozen):
     barred: tuple[str, ...] = Field((), max_length=KEPT_BARRED)
     """SHA-256 of models that are not taken again: worse than what served, or rolled back. Newest last."""
     verdicts: tuple[Verdict, ...] = Field((), max_length=KEPT_VERDICTS)
+    """Newest last."""
+    actions: tuple[Action, ...] = Field((), max_length=KEPT_ACTIONS)
     """Newest last."""
 
     def with_verdict(self, verdict: Verdict, *, bar: bool) -> Record:
@@ -88,9 +109,10 @@ def note(
     *,
     bar: bool = False,
     unbar: str | None = None,
+    action: Action | None = None,
     links: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write a verdict down, then move links; raises `ExportError` when the disk refuses."""
+    """Write down what was decided, then move links; raises `ExportError` when the disk refuses."""
 
     def change(content: bytes) -> bytes:
         before = record = parse(content)
@@ -98,6 +120,8 @@ def note(
             record = record.without_bar(unbar)
         if verdict is not None:
             record = record.with_verdict(verdict, bar=bar)
+        if action is not None:
+            record = record.model_copy(update={"actions": (*record.actions, action)[-KEPT_ACTIONS:]})
         return content if record is before else record.model_dump_json(indent=1).encode()
 
     artifacts.update(root, FILE, change, links)
@@ -118,5 +142,19 @@ def verdict_on(
         run=manifest.run if manifest else None,
         round=manifest.round if manifest else None,
         reason=reason[:_LONGEST_REASON],
+        at=datetime.now(UTC),
+    )
+
+
+def action(
+    kind: Literal["pin", "unpin", "rollback"], manifest: Manifest | None, by: str, reason: str | None = None
+) -> Action:
+    """Return what an owner decided just now."""
+    return Action(
+        kind=kind,
+        sha256=None if manifest is None else manifest.sha256,
+        round=None if manifest is None else manifest.round,
+        by=by[:_LONGEST_BY],
+        reason=reason,
         at=datetime.now(UTC),
     )

@@ -245,7 +245,7 @@ def test_addresses_exist(words: list[str], web: FastAPI) -> None:
     path = re.sub(r"^https?://[^/]+|\?.*$", "", url)
     if not path.startswith("/api/"):
         assert f'"{path}"' in (ROOT / "edge_agent/serving/http.py").read_text()
-        if "--data-binary" not in words:
+        if "-d" in words:
             json.loads(words[words.index("-d") + 1])
         return
     method = words[words.index("-X") + 1].lower() if "-X" in words else "get"

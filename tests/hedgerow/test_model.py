@@ -10,13 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from rich.console import Console
 from typer.testing import CliRunner
 
 from edge_agent import benchmark
 from edge_agent.benchmark import LARGE, SMALL, Report, per_thousand, report
 from edge_agent.energy.meter import Meter
+from edge_agent.last_model import Facts, LastModel, save
+from export.folder import load_artifact, resolve
 from export.package import export_artifact
 from foundation.energy import EnergyReading, Kind, Scope
 from foundation.errors import ExportError
@@ -80,6 +85,28 @@ def test_pruned_and_dense_are_measured_in_the_same_way(tmp_path: Path, measure: 
     assert sides["dense"].parity is None, "nobody trained it"
     assert (found.agent, found.run, found.round) == ("d0", "r", 4)
     assert Report.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(("round", "own"), [(4, True), (5, False)])
+def test_the_uncut_model_has_the_devices_own_weights_where_they_are_kept(
+    tmp_path: Path, measure: Measure, round: int, own: bool
+) -> None:
+    vault, spec = tmp_path / "vault", SPECS["series-mean"]
+    publish_known(vault / "artifacts")
+    parameters, masks = trained(spec), masks_for(spec, (9, 2, 30))
+    facts = Facts(
+        agent="d0", run="r", round=round, strategy="fedavg", spec=spec, normalisation=normalisation_for(spec),
+        labels=labels_of(spec),
+    )  # fmt: skip
+    save(vault, LastModel(facts, parameters, masks, probe_for(spec, parameters, masks)))
+    dense = measure(folder=vault / "artifacts").sides[0]
+    assert (dense.name, dense.accuracy, dense.parity) == ("dense", None, None)
+    said = next(text for text in dense.remarks if "weights" in text)
+    assert ("own weights" in said, "round 5" in said) == (own, not own)
+    model = load_artifact(resolve(tmp_path / "scratch" / "dense"))[1]
+    found = {t.name: numpy_helper.to_array(t) for t in onnx.load_model_from_string(model).graph.initializer}
+    whole = parameters["blocks.1.ffl.up.weight"].T
+    assert np.array_equal(found["blocks.1.ffl.up.weight.T"], whole) == own
 
 
 @pytest.mark.parametrize(
