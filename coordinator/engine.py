@@ -27,6 +27,8 @@ from coordinator.easing import Ease
 from coordinator.live import Live, Phase
 from coordinator.planning import Course, context_of, planned
 from coordinator.report import round_metrics, update_summary
+from coordinator.robust.guard import Guard
+from coordinator.robust.settle import Round, settled
 from coordinator.roster import Roster
 from coordinator.selection import Choice, Selection
 from coordinator.settings import CoordinatorSettings, RunSettings
@@ -62,7 +64,6 @@ from foundation.work import Encoding
 
 logger = logging.getLogger(__name__)
 
-MALFORMED_LIMIT = 3
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
@@ -108,6 +109,7 @@ class Engine:
         """How the last run ended."""
         self._beside = beside
         self._selection = Selection(self.roster, store, live, settings.budgets, clock)
+        self._guard = Guard(store, self.roster, live)
         self._session = uuid.uuid4().hex[:12]
         self._run: asyncio.Task[None] | None = None
         self._open: _Open | None = None
@@ -229,6 +231,7 @@ class Engine:
                 course = await self._decide(run)
             run = course.settings
             strategy = load_strategy(run.strategy, run.settings)
+            await self._guard.remember(run.name)
             state = await self._state(course, strategy)
             for number in range(state.round + 1, run.rounds + 1):
                 state = await self._round(course, strategy, state, number)
@@ -319,14 +322,15 @@ class Engine:
         latest = await asyncio.to_thread(self.store.latest_state, run.name)
         if latest is not None:
             state = await asyncio.to_thread(State.from_bytes, latest[1])
-            return await self._replayed(run, strategy, state)
+            return await self._replayed(course, strategy, state)
         model = initial_parameters(course.spec, run.seed)
         state = await asyncio.to_thread(strategy.begin, model, run.seed)
         await asyncio.to_thread(self.store.save_initial_state, run.name, state.to_bytes())
         return state
 
-    async def _replayed(self, run: RunSettings, strategy: Strategy, state: State) -> State:
+    async def _replayed(self, course: Course, strategy: Strategy, state: State) -> State:
         """Return the state after the last closed round: a snapshot, and the updates of the rounds since."""
+        run = course.settings
         known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
         while True:
             number = state.round + 1
@@ -335,11 +339,18 @@ class Engine:
                 return state
             for agent in record.agents:
                 state = strategy.enroll(state, known[agent], run.seed)
-            updates = []
+            updates: list[Update] = []
             for update in await asyncio.to_thread(self.store.updates, run.name, number):
                 if update.frame_sha256 is not None:
                     frame = await asyncio.to_thread(self.store.update_frame, run.name, number, update.agent)
                     updates.append(await asyncio.to_thread(update_from, frame))
+            if run.robust.combines and updates:
+                # What a change is depends on what was sent; planning is pure, so it is planned again.
+                eases = {agent: Ease.model_validate(ease) for agent, ease in record.eased.items()}
+                context = context_of(course, [known[agent] for agent in record.agents], number)
+                assignments, _ = await asyncio.to_thread(planned, strategy, state, context, eases)
+                answers = Round.of(assignments, updates)
+                updates = await asyncio.to_thread(settled, run.robust, strategy, state, answers)
             state = await asyncio.to_thread(strategy.absorb, state, updates)
 
     async def _snapshot(self, run: RunSettings, state: State) -> None:
@@ -371,10 +382,13 @@ class Engine:
         if not assignments:
             told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(left_out.items()))
             raise RoundError(f"nobody can do the work of {run.strategy} ({told})")
-        updates = await self._collect(run, number, assignments, opened, strategy.encoding_down)
-        self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(updates)})
-        state = await asyncio.to_thread(strategy.absorb, state, updates)
-        metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started)
+        collected = await self._collect(run, number, assignments, opened, strategy.encoding_down)
+        self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(collected)})
+        answers, found = await self._guard.screened(run, number, strategy, Round.of(assignments, collected))
+        updates = answers.updates
+        ready = await asyncio.to_thread(settled, run.robust, strategy, state, answers)
+        state = await asyncio.to_thread(strategy.absorb, state, ready)
+        metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started) | found
         agents = [update.agent for update in updates]
         close = partial(self.store.close_round, run.name, number, None, metrics, absorbed=agents)
         await asyncio.to_thread(close)
@@ -536,6 +550,9 @@ class Engine:
         try:
             update, here = await self._checked(agent, frame)
         except WireError as error:
+            here = self._open
+            place = (here.run, here.round) if here is not None else (None, None)
+            await self._guard.malformed(agent, str(error), frame, *place)
             self._malformed(agent, str(error))
             self._not_waited_for(agent, str(error))
             raise
@@ -613,13 +630,11 @@ class Engine:
         return any(record.agent == update.agent for record in records)
 
     def _malformed(self, agent: str, reason: str) -> None:
-        entry = self.roster.entry(agent)
-        entry.malformed += 1
         self.live.emit("malformed", f"{agent}: {reason}", agent=agent)
-        if entry.malformed >= MALFORMED_LIMIT and entry.set_aside is None:
-            entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
-            self.live.emit("set_aside", f"{agent} {entry.set_aside}", agent=agent)
-            self._not_waited_for(agent, entry.set_aside)
+        aside = self.roster.strike(agent, "malformed", reason)
+        if aside is not None:
+            self.live.emit("set_aside", f"{agent} {aside}", agent=agent)
+            self._not_waited_for(agent, aside)
 
     def _not_waited_for(self, agent: str, reason: str) -> None:
         """Let the open round close without an agent whose answer was no answer; a good one still counts."""

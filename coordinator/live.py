@@ -115,6 +115,8 @@ class AgentStatus(Frozen):
     """Why the present round does without it."""
     eased: str | None = None
     """With what it is asked for less in the present round, and why."""
+    quarantined: str | None = None
+    """Why its last update that was not merged was not, since this coordinator started."""
     serving: str | None = None
 
 
@@ -281,6 +283,10 @@ class Live:
     def asked(self, agent: str, *, skipped: str | None = None, eased: str | None = None) -> None:
         """The present round asks an agent: not at all, for less, or in full."""
         self._change(agent, skipped=skipped, eased=eased)
+
+    def quarantined(self, agent: str, reason: str) -> None:
+        """An update of an agent was not merged, but kept apart."""
+        self._change(agent, quarantined=reason)
 
     def round_closed(self, run: str, round: int, seconds: float | None) -> None:
         """A round of `run` is closed and took `seconds`; the estimate of the time left rests on these.

@@ -13,6 +13,35 @@ from foundation.spec import ModelSettings
 from foundation.work import Encoding
 
 
+class Robust(Frozen):
+    """What keeps a few hostile or broken devices from spoiling a round; see docs/poison.md."""
+
+    rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    """How values that are averaged over devices become one."""
+    hostile: float = Field(0.2, ge=0, lt=0.5)
+    """Share of the devices that may be hostile: what a trimmed mean cuts at each end, and Krum expects."""
+    clip: float | None = Field(None, gt=0)
+    """Largest change of a device, as a multiple of the round's median; larger ones are scaled down."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of a device's change."""
+    examples: float | None = Field(None, ge=1)
+    """Examples that a device can claim, as a multiple of the round's median."""
+    huge: float | None = Field(1000.0, gt=1)
+    """Change from which on an update is quarantined, as a multiple of the others' median."""
+    outlier: float | None = Field(None, gt=0)
+    """Robust distance from the others, in size or direction, from which on an update is quarantined."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether updates are absorbed otherwise than as they came."""
+        return self.rule != "mean" or (self.clip or self.clip_norm or self.examples) is not None
+
+    @property
+    def screens(self) -> bool:
+        """Whether anything is quarantined."""
+        return (self.huge or self.outlier) is not None
+
+
 class RunSettings(Frozen):
     """One federation from its first round to its last."""
 
@@ -47,6 +76,7 @@ class RunSettings(Frozen):
     encoding: Encoding | None = None
     """How parameters travel down; as the strategy's `encoding_down` says when not set."""
     model: ModelSettings = ModelSettings()
+    robust: Robust = Robust()
 
     def exports(self, number: int) -> bool:
         """Whether personal models are exported after this round."""

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
+from coordinator.store.quarantine import Quarantine
 from coordinator.store.records import (
     RUN_STATES,
     AgentRecord,
@@ -44,6 +45,7 @@ from foundation.messages import AgentCard, Json
 
 M = TypeVar("M", bound=BaseModel)
 
+QUARANTINE = "quarantine"
 STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
@@ -51,9 +53,12 @@ STATES_KEPT = 2
 class Store:
     """Runs, agents, rounds, updates, refusals, artifacts and events of one coordinator."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, blobs: Blobs, clock: Callable[[], float], quarantine: Quarantine
+    ) -> None:
         self._engine = engine
         self._blobs = blobs
+        self.quarantine = quarantine
         self._clock = clock
         self._writer = threading.Lock()
 
@@ -68,7 +73,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"the store's folder {folder} cannot be made: {error}") from error
         blobs = Blobs(folder / "blobs")
-        store = cls(schema.open_engine(folder), blobs, clock)
+        store = cls(schema.open_engine(folder), blobs, clock, Quarantine(folder / QUARANTINE, clock))
         store.sweep()
         return store
 
@@ -78,7 +83,8 @@ class Store:
 
         Verbs that write fail. Raises `StoreError` when there is no store, or one of another revision.
         """
-        return cls(schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False), time.time)
+        engine, blobs = schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False)
+        return cls(engine, blobs, time.time, Quarantine(folder / QUARANTINE, time.time))
 
     def close(self) -> None:
         """Close all connections; a second call does nothing."""

@@ -24,7 +24,7 @@ from coordinator.strategies.base import RoundContext, State, Strategy
 from coordinator.wireless import Allocation, Device, allocate, reachable_s
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Assignment, Update
-from foundation.parameters import EVERYTHING, WEIGHTS, Array, Parameters, Role
+from foundation.parameters import EVERYTHING, WEIGHTS, Array, Parameters, Role, role_of
 from foundation.spec import ModelSpec
 from foundation.work import ImportancePruning, LocalWork, Phase
 
@@ -127,6 +127,10 @@ class AdaptivePruning(Strategy):
                 known = private.get(update.agent, Parameters())
                 private[update.agent] = known.updated(measured(update, state))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), private)
+
+    def pools(self, name: str) -> bool:
+        """Average the shared part."""
+        return role_of(name) in SHARED
 
     def personal(self, state: State, agent: str) -> Parameters:
         """Return the shared part: the same for everybody."""

@@ -144,6 +144,14 @@ class Strategy(Frozen, ABC):
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
         """Return the state after a round."""
 
+    def pools(self, name: str) -> bool:
+        """Whether the array of that name is averaged over devices; others are for one device alone."""
+        return False
+
+    def pulls(self, state: State, updates: Sequence[Update]) -> Mapping[str, float]:
+        """Return by agent how hard its update pulls at what a hypernetwork shares: a gradient's norm."""
+        return {}
+
     @abstractmethod
     def personal(self, state: State, agent: str) -> Parameters:
         """Return what goes down to this agent at this state."""

@@ -164,6 +164,10 @@ class Hedgerow(Strategy):
         descended = Parameters((name, model[name] - step) for name, step in change.items())
         return State(state.round + 1, shared.updated(descended.prefixed("model/")), state.private)
 
+    def pools(self, name: str) -> bool:
+        """Average all that comes; a residual then learns nothing from what a rule made one of."""
+        return True
+
     def _known(self, known: Parameters, update: Update, state: State) -> Parameters:
         """Return what is known of an agent after its update: whether it rests, and what its round took."""
         converged, left = (int(n) for n in known[RESTS])

@@ -1,0 +1,138 @@
+"""Which updates of a round are far outside, and why: they are quarantined.
+
+An update's size is the root mean square of its changes; its direction is the cosine between its changes of
+averaged arrays and the coordinate-wise median of everybody's. Only updates that hold the same arrays are
+compared. The rules, all ours:
+
+    huge       size > `huge` times the median of the others' sizes
+    too large  log size > m + `outlier` s,  m the median of the others' log sizes
+               and s = 1.4826 times the median of |log size - m|, at least 0.25
+    away       cosine < 0 and cosine < m - `outlier` s, the same of everybody's cosines, s at least 0.1
+
+1.4826 times the median absolute deviation estimates a standard deviation; the floors keep a round in which
+everybody happens to agree from casting out who is a little off. At least three others are needed; where there
+are fewer, the median sizes of the rounds before stand in for them, and where those are not enough either,
+nobody is judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator.robust.blocks import blocks, combined
+from coordinator.robust.changes import size_of
+from coordinator.robust.rules import median
+from coordinator.settings import Robust
+from foundation.messages import Update
+from foundation.parameters import Array, Parameters
+
+WITNESSES = 3
+"""Others that are needed to judge one."""
+SPREAD = 0.25
+"""Smallest spread of the logarithm of sizes: a factor of 1.28."""
+ANGLE = 0.1
+"""Smallest spread of cosines."""
+DEVIATION = 1.4826
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What was found: whom to quarantine and why, and the median size of the others."""
+
+    quarantined: Mapping[str, str]
+    size: float | None
+    """Root mean square change; `None` where nobody changed anything."""
+
+
+def judged(
+    settings: Robust,
+    updates: Sequence[Update],
+    changes: Sequence[Parameters],
+    pooled: Sequence[str],
+    history: Sequence[float] = (),
+) -> Judged:
+    """Return who is far outside. `pooled` are names of averaged arrays, `history` sizes of earlier rounds."""
+    sizes = [size_of(u, c) for u, c in zip(updates, changes, strict=True)]
+    reasons: dict[str, str] = {}
+    for alike in _alike(changes):
+        for i in alike:
+            others = [sizes[j] for j in alike if j != i and sizes[j] > 0]
+            reason = _too_large(settings, sizes[i], others, history)
+            if reason is not None:
+                reasons[updates[i].agent] = reason
+        rest = [i for i in alike if updates[i].agent not in reasons and sizes[i] > 0]
+        if settings.outlier is not None and len(rest) > WITNESSES:
+            names = [name for name in pooled if name in changes[rest[0]]]
+            own, theirs = [updates[i] for i in rest], [changes[i] for i in rest]
+            for agent, reason in _turned_away(settings.outlier, own, theirs, names).items():
+                reasons[agent] = reason
+    left = [size for u, size in zip(updates, sizes, strict=True) if u.agent not in reasons and size > 0]
+    return Judged(reasons, float(np.median(left)) if left else None)
+
+
+def _alike(changes: Sequence[Parameters]) -> list[list[int]]:
+    """Return the places of those that hold the same arrays, group by group; who holds none is in none."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, change in enumerate(changes):
+        if change:
+            groups.setdefault(frozenset(change), []).append(i)
+    return list(groups.values())
+
+
+def _too_large(
+    settings: Robust, size: float, others: Sequence[float], history: Sequence[float]
+) -> str | None:
+    known = list(others) if len(others) >= WITNESSES else [*others, *(h for h in history if h > 0)]
+    if size == 0 or len(known) < WITNESSES:
+        return None
+    middle = float(np.median(known))
+    if settings.huge is not None and not size <= settings.huge * middle:
+        return f"its change is {size / middle:.3g} times the median of the others'"
+    if settings.outlier is None:
+        return None
+    logs = np.log(known)
+    centre = float(np.median(logs))
+    spread = max(SPREAD, DEVIATION * float(np.median(np.abs(logs - centre))))
+    distance = (math.log(size) - centre) / spread
+    if distance <= settings.outlier:
+        return None
+    times = size / middle
+    return f"its change is {times:.3g} times the median of the others', {distance:.1f} deviations away"
+
+
+def _turned_away(
+    outlier: float, updates: Sequence[Update], changes: Sequence[Parameters], names: Sequence[str]
+) -> dict[str, str]:
+    if not names:
+        return {}
+    found = cosines(updates, changes, names)
+    centre = float(np.median(found))
+    spread = max(ANGLE, DEVIATION * float(np.median(np.abs(found - centre))))
+    return {
+        update.agent: (
+            f"its change points away from the others' (cosine {cosine:.2f}, the median is {centre:.2f},"
+            f" {(centre - cosine) / spread:.1f} deviations away)"
+        )
+        for update, cosine in zip(updates, found, strict=True)
+        if cosine < 0 and cosine < centre - outlier * spread
+    }
+
+
+def cosines(updates: Sequence[Update], changes: Sequence[Parameters], names: Sequence[str]) -> Array:
+    """Return the cosine of each update's changes with the coordinate-wise median, over what it holds."""
+    middle = combined(updates, changes, names, median)
+    inner, own, theirs = np.zeros((3, len(updates)))
+    for block in blocks(updates, changes, names):
+        there = middle[block.name].ravel()[block.start : block.start + block.values.shape[1]]
+        values = np.where(block.held, block.values, np.float32(0)).astype(np.float64)
+        places = list(block.members)
+        inner[places] += values @ there
+        own[places] += (values**2).sum(axis=1)
+        theirs[places] += block.held @ (there.astype(np.float64) ** 2)
+    size = np.sqrt(own * theirs)
+    result: Array = np.divide(inner, size, out=np.zeros(len(updates)), where=size > 0)
+    return result

@@ -1,0 +1,138 @@
+"""From the updates of a round to those that its strategy absorbs: bounded, and combined by a rule.
+
+Strategies stay as they are. A rule other than the mean makes one change of everybody's for each array that
+the strategy averages (`Strategy.pools`), and that change takes the place of every device's own: the mean of
+equals is what the rule said, and so is the mean over the keepers of a unit. Arrays that are for one device
+alone, such as what a hypernetwork generates, stay that device's own, and only their size is bounded.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.robust import screen
+from coordinator.robust.changes import base_of, changes_of, norm_of, restated
+from coordinator.robust.rules import consensus
+from coordinator.settings import Robust
+from coordinator.strategies.base import State, Strategy
+from foundation.messages import Assignment, Update
+from foundation.parameters import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The updates of a round beside what they answer, sorted by agent."""
+
+    assignments: tuple[Assignment, ...]
+    updates: tuple[Update, ...]
+
+    @classmethod
+    def of(cls, assignments: Sequence[Assignment], updates: Sequence[Update]) -> Round:
+        """Match updates with the assignments they answer."""
+        asked = {assignment.agent: assignment for assignment in assignments}
+        ordered = sorted(updates, key=lambda update: update.agent)
+        return cls(tuple(asked[update.agent] for update in ordered), tuple(ordered))
+
+    def bases(self) -> list[Parameters]:
+        """Return what every device started from; one copy where many started from the same."""
+        initial: dict[int, Parameters] = {}
+        found = []
+        for assignment in self.assignments:
+            if assignment.work.initial:
+                seed = assignment.model_seed
+                initial[seed] = initial.get(seed) or base_of(assignment)
+                found.append(initial[seed])
+            else:
+                found.append(base_of(assignment))
+        return found
+
+    def changes(self, bases: Sequence[Parameters]) -> list[Parameters]:
+        """Return everybody's changes."""
+        return [changes_of(u, a, b) for u, a, b in zip(self.updates, self.assignments, bases, strict=True)]
+
+
+def judged(
+    settings: Robust, strategy: Strategy, round: Round, history: Sequence[float] = ()
+) -> screen.Judged:
+    """Return whom of a round to quarantine, and why."""
+    changes = round.changes(round.bases())
+    return screen.judged(settings, round.updates, changes, _pooled(strategy, changes), history)
+
+
+def settled(settings: Robust, strategy: Strategy, state: State, round: Round) -> list[Update]:
+    """Return what is absorbed of a round: the same updates, with what the settings make of their changes.
+
+    Pure, as planning and absorbing are: a round that is made again comes out the same.
+    """
+    if not settings.combines or not round.updates:
+        return list(round.updates)
+    bases = round.bases()
+    changes = round.changes(bases)
+    scales = clipped(settings, strategy, state, round, changes)
+    bounded = [_scaled(change, scale) for change, scale in zip(changes, scales, strict=True)]
+    if settings.rule != "mean":
+        names = _pooled(strategy, bounded)
+        agreed = consensus(settings.rule, settings.hostile, round.updates, bounded, names)
+        bounded = [_replaced(change, agreed) for change in bounded]
+    found = []
+    for i, update in enumerate(round.updates):
+        if bounded[i] is not changes[i]:
+            update = restated(update, round.assignments[i], bases[i], bounded[i])
+        found.append(update)
+    return _counted(settings, found)
+
+
+def clipped(
+    settings: Robust, strategy: Strategy, state: State, round: Round, changes: Sequence[Parameters]
+) -> list[float]:
+    """Return by how much each update's changes are scaled down, 0 to 1; 1 leaves them.
+
+    Where a strategy pulls changes back through a hypernetwork, the pull on what all share is bounded too:
+    a small change may pull hard, depending on where the device's embedding stands.
+    """
+    norms = [norm_of(change) for change in changes]
+    scales = [1.0] * len(norms)
+    if settings.clip_norm is not None:
+        scales = [min(1.0, settings.clip_norm / norm) if norm else 1.0 for norm in norms]
+    if settings.clip is None:
+        return scales
+    scales = _within(settings.clip, norms, scales)
+    pulls = strategy.pulls(state, round.updates)
+    known = [u.agent in pulls for u in round.updates]
+    found = [pulls.get(u.agent, 0.0) for u in round.updates]
+    within = _within(settings.clip, found, [1.0] * len(found))
+    return [min(s, w) if k else s for s, w, k in zip(scales, within, known, strict=True)]
+
+
+def _within(factor: float, norms: Sequence[float], scales: Sequence[float]) -> list[float]:
+    """Return scales under which no norm is above `factor` times the median of those that are not 0."""
+    some = [norm for norm in norms if norm > 0]
+    if not some:
+        return list(scales)
+    bound = factor * statistics.median(some)
+    return [min(s, bound / norm) if norm > 0 else s for norm, s in zip(norms, scales, strict=True)]
+
+
+def _scaled(change: Parameters, scale: float) -> Parameters:
+    if scale == 1.0:
+        return change
+    return Parameters((name, array * array.dtype.type(scale)) for name, array in change.items())
+
+
+def _replaced(change: Parameters, agreed: Parameters) -> Parameters:
+    return Parameters((name, agreed.get(name, array)) for name, array in change.items())
+
+
+def _pooled(strategy: Strategy, changes: Sequence[Parameters]) -> list[str]:
+    names = dict.fromkeys(name for change in changes for name in change)
+    return [name for name in names if strategy.pools(name)]
+
+
+def _counted(settings: Robust, updates: Sequence[Update]) -> list[Update]:
+    """Return the updates with no more examples than a device may claim."""
+    if settings.examples is None:
+        return list(updates)
+    most = max(1, int(settings.examples * statistics.median_low(u.examples for u in updates)))
+    return [u if u.examples <= most else u.model_copy(update={"examples": most}) for u in updates]
