@@ -38,11 +38,11 @@ OFF: dict[str, Any] = {"huge": None}
 SETTINGS: dict[str, dict[str, Any]] = {
     "off": OFF,
     "default": {},
-    "robust": {"outlier": 4.0, "clip": 1.0, "examples": 2.0},
-    "median": {"rule": "median", "clip": 1.0, "outlier": 4.0},
-    "trimmed_mean": {"rule": "trimmed_mean", "clip": 1.0, "outlier": 4.0},
-    "krum": {"rule": "krum", "clip": 1.0, "outlier": 4.0},
-    "multi_krum": {"rule": "multi_krum", "clip": 1.0, "outlier": 4.0},
+    "robust": {"outlier": 3.0, "clip": 1.0, "examples": 2.0},
+    "median": {"rule": "median", "clip": 1.0, "outlier": 3.0},
+    "trimmed_mean": {"rule": "trimmed_mean", "clip": 1.0, "outlier": 3.0},
+    "krum": {"rule": "krum", "clip": 1.0, "outlier": 3.0},
+    "multi_krum": {"rule": "multi_krum", "clip": 1.0, "outlier": 3.0},
 }
 BAR = 2.0
 """Points of accuracy."""
@@ -71,6 +71,7 @@ def run_once(options: argparse.Namespace, strategy: str, setting: str, attack: s
         "dataset": options.dataset,
         "partition": options.partition,
         "limit": options.limit,
+        "model": {"patch": options.patch},
         "settings": {"epochs": options.epochs, "learning_rate": options.rate},
         "seed": seed,
         "robust": SETTINGS[setting],
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--partition", default="dirichlet:1.0")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

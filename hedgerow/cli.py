@@ -211,7 +211,7 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What the aggregation does about it: rule=median, outlier=4, clip=1; see docs/poison.md.",
+            help="What the aggregation does about it: rule=median, outlier=3, clip=1; see docs/poison.md.",
             rich_help_panel=POISON,
         ),
     ] = None,
@@ -304,7 +304,7 @@ def simulate(
 
     hedgerow simulate --dataset gait.npz --data-dir ~/data --partition by:person --split part
 
-    hedgerow simulate --strategy fedavg --hostile 0=huge --hostile 1=sign_flip --robust outlier=4
+    hedgerow simulate --strategy fedavg --hostile 0=huge --hostile 1=sign_flip --robust outlier=3
 
     hedgerow simulate --listen mqtt://192.168.1.10:1883 --boards 1
 

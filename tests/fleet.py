@@ -26,6 +26,8 @@ from foundation.profile import DeviceProfile
 from foundation.spec import ModelSettings
 from foundation.topics import Topics
 from foundation.transport import MemoryBroker, MemoryTransport, Transport
+from hedgerow import hostile
+from hedgerow.hostile import Attack
 from tests.metered import Metered
 from tests.toys import toy_data
 
@@ -69,6 +71,8 @@ class Fleet:
     """What makes the limits of an agent, of its meter and its vault."""
     serve: dict[str, ServeSettings] = field(default_factory=dict)
     """Agents that answer requests, and how."""
+    hostile: dict[str, Attack] = field(default_factory=dict)
+    """Agents that attack, and how."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -103,16 +107,23 @@ class Fleet:
         )
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
         metered, limits = self.metered.get(name), self.limits.get(name)
+        attack, data = self.hostile.get(name), self.load
+        carry_out = metered.carry_out if metered else None
+        if attack is not None:
+            carry_out, data = (
+                hostile.carry_out(attack),
+                lambda seed: hostile.poisoned(self.load(seed), attack),
+            )
         with metered.meter if metered else Meter(DeviceProfile.load("unknown-linux")) as meter:
-            self.agents[name] = Agent(
+            self.agents[name] = hostile.agent_of(attack)(
                 settings,
                 transport=self.dial(name, will),
                 meter=meter,
                 profile="unknown-linux",
                 threads=1,
-                load_data=lambda: self.load(seed),
+                load_data=lambda: data(seed),
                 retry_s=0.05,
-                carry_out=metered.carry_out if metered else None,
+                carry_out=carry_out,
                 limits=limits(meter, settings.vault) if limits else None,
             )
             await self.agents[name].run()

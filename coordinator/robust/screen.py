@@ -1,13 +1,13 @@
 """Which updates of a round are far outside, and why: they are quarantined.
 
 An update's size is the root mean square of its changes; its direction is the cosine between its changes of
-averaged arrays and the coordinate-wise median of everybody's. Only updates that hold the same arrays are
-compared. The rules, all ours:
+averaged arrays and the sum of everybody else's, each at length 1, so that nobody leads it. Only updates that
+hold the same arrays are compared. The rules, all ours:
 
     huge       size > `huge` times the median of the others' sizes
     too large  log size > m + `outlier` s,  m the median of the others' log sizes
-               and s = 1.4826 times the median of |log size - m|, at least 0.25
-    away       cosine < 0 and cosine < m - `outlier` s, the same of everybody's cosines, s at least 0.1
+               and s = 1.4826 times the median of |log size - m|, at least 0.5
+    away       cosine < -0.2 and cosine < m - `outlier` s, the same of everybody's cosines, s 0.1 to 0.15
 
 1.4826 times the median absolute deviation estimates a standard deviation; the floors keep a round in which
 everybody happens to agree from casting out who is a little off. At least three others are needed; where there
@@ -23,19 +23,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.robust.blocks import blocks, combined
+from coordinator.robust.blocks import blocks
 from coordinator.robust.changes import size_of
-from coordinator.robust.rules import median
 from coordinator.settings import Robust
 from foundation.messages import Update
 from foundation.parameters import Array, Parameters
 
 WITNESSES = 3
 """Others that are needed to judge one."""
-SPREAD = 0.25
-"""Smallest spread of the logarithm of sizes: a factor of 1.28."""
-ANGLE = 0.1
-"""Smallest spread of cosines."""
+SPREAD = 0.5
+"""Smallest spread of the logarithm of sizes: a factor of 1.65."""
+ANGLES = (0.1, 0.15)
+"""Smallest and largest spread of cosines; a larger one is the work of those who point away."""
+AWAY = -0.2
+"""Cosine above which nobody points away: honest devices with odd data come down to about 0."""
 DEVIATION = 1.4826
 
 
@@ -111,28 +112,33 @@ def _turned_away(
         return {}
     found = cosines(updates, changes, names)
     centre = float(np.median(found))
-    spread = max(ANGLE, DEVIATION * float(np.median(np.abs(found - centre))))
+    spread = float(np.clip(DEVIATION * np.median(np.abs(found - centre)), *ANGLES))
     return {
         update.agent: (
             f"its change points away from the others' (cosine {cosine:.2f}, the median is {centre:.2f},"
             f" {(centre - cosine) / spread:.1f} deviations away)"
         )
         for update, cosine in zip(updates, found, strict=True)
-        if cosine < 0 and cosine < centre - outlier * spread
+        if cosine < AWAY and cosine < centre - outlier * spread
     }
 
 
 def cosines(updates: Sequence[Update], changes: Sequence[Parameters], names: Sequence[str]) -> Array:
-    """Return the cosine of each update's changes with the coordinate-wise median, over what it holds."""
-    middle = combined(updates, changes, names, median)
-    inner, own, theirs = np.zeros((3, len(updates)))
+    """Return the cosine of each update's change with the sum of all others', each at length 1."""
+    own = np.zeros(len(updates))
     for block in blocks(updates, changes, names):
-        there = middle[block.name].ravel()[block.start : block.start + block.values.shape[1]]
-        values = np.where(block.held, block.values, np.float32(0)).astype(np.float64)
+        own[list(block.members)] += np.square(block.values, dtype=np.float64).sum(axis=1)
+    scales = np.divide(1.0, np.sqrt(own), out=np.zeros(len(updates)), where=own > 0)
+    inner, square = np.zeros(len(updates)), 0.0
+    for block in blocks(updates, changes, names):
         places = list(block.members)
-        inner[places] += values @ there
-        own[places] += (values**2).sum(axis=1)
-        theirs[places] += block.held @ (there.astype(np.float64) ** 2)
-    size = np.sqrt(own * theirs)
-    result: Array = np.divide(inner, size, out=np.zeros(len(updates)), where=size > 0)
+        units = block.values * scales[places, None]
+        total = units.sum(axis=0)
+        inner[places] += units @ total
+        square += float(total @ total)
+    # u_i (S - u_i) / |S - u_i| with S the sum of all: without its own part, on which everybody agrees.
+    length = np.sqrt(np.maximum(square - 2 * inner + 1, 0))
+    result: Array = np.divide(
+        inner - 1, length, out=np.zeros(len(updates)), where=(length > 1e-9) & (own > 0)
+    )
     return result

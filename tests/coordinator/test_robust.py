@@ -241,21 +241,21 @@ def test_a_huge_change_is_quarantined_by_default() -> None:
 def test_who_is_far_outside_is_quarantined_only_where_asked() -> None:
     updates = heads(*CROWD, [10, 0, 0])
     assert screened(Robust(), updates) == {}
-    found = screened(Robust(outlier=4.0), updates)
+    found = screened(Robust(outlier=3.0), updates)
     assert list(found) == ["d4"]
     assert "deviations away" in found["d4"]
 
 
 def test_a_flipped_sign_points_away() -> None:
-    found = screened(Robust(outlier=4.0), heads(*CROWD, [-1, 0, -0.1]))
+    found = screened(Robust(outlier=3.0), heads(*CROWD, [-1, 0, -0.1]))
     assert list(found) == ["d4"]
     assert "points away from the others' (cosine -1.00" in found["d4"]
 
 
 def test_honest_differences_are_not_quarantined() -> None:
-    assert screened(Robust(outlier=4.0), heads(*CROWD, [0.3, 0.5, -0.2])) == {}
-    assert screened(Robust(outlier=4.0), heads(*CROWD, [0, 0, 0])) == {}, "who changes nothing harms nobody"
-    assert screened(Robust(outlier=4.0), heads([0, 0], [0, 0], [0, 0], [0, 0], [1, 1])) == {}
+    assert screened(Robust(outlier=3.0), heads(*CROWD, [0.3, 0.5, -0.2])) == {}
+    assert screened(Robust(outlier=3.0), heads(*CROWD, [0, 0, 0])) == {}, "who changes nothing harms nobody"
+    assert screened(Robust(outlier=3.0), heads([0, 0], [0, 0], [0, 0], [0, 0], [1, 1])) == {}
 
 
 def test_a_small_fleet_is_judged_by_its_history() -> None:
@@ -267,7 +267,7 @@ def test_a_small_fleet_is_judged_by_its_history() -> None:
 def test_only_those_with_the_same_arrays_are_compared() -> None:
     newcomer = update("n", {"embedding": [1e6, 1e6]})
     other = update("o", {UP: [[1e6], [1e6]]})
-    assert screened(Robust(outlier=4.0), [*heads(*CROWD), newcomer, other]) == {}
+    assert screened(Robust(outlier=3.0), [*heads(*CROWD), newcomer, other]) == {}
 
 
 @every
@@ -275,7 +275,7 @@ def test_honest_toy_devices_stay_and_a_loud_one_goes(name: str, settings: dict[s
     toy, round, _ = answered(name, **settings)
     changes = round.changes(round.bases())
     pooled = [n for n in changes[0] if toy.strategy.pools(n)]
-    honest = judged(Robust(outlier=4.0), round.updates, changes, pooled)
+    honest = judged(Robust(outlier=3.0), round.updates, changes, pooled)
     assert not honest.quarantined
     if not any(changes):
         return
