@@ -62,8 +62,18 @@ class RunSettings(Frozen):
     """Share of the asked agents whose updates suffice when the deadline has passed."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds a round may take."""
+    patience: float | None = Field(None, ge=1)
+    """Soft deadline, as a multiple of what devices took to answer lately: after it the quorum suffices."""
     grace_s: float = Field(60.0, ge=0)
     """Seconds to wait for agents that went offline, once the quorum is reached."""
+    mode: Literal["rounds", "async"] = "rounds"
+    """`async`: a round closes when `buffer` updates are in, whichever round's they are."""
+    buffer: int = Field(4, ge=1)
+    """Updates that close a round, with `async`."""
+    stale: float | None = Field(None, ge=0)
+    """a of the weight (1 + rounds late)^-a of a late update; not set, late ones are refused (async: 0.5)."""
+    stale_rounds: int = Field(5, ge=1)
+    """Rounds that an update may be late."""
     wait_s: float = Field(3600.0, gt=0)
     """Seconds to wait for `min_agents`."""
     snapshot_every: int = Field(1, ge=1)
@@ -77,6 +87,11 @@ class RunSettings(Frozen):
     """How parameters travel down; as the strategy's `encoding_down` says when not set."""
     model: ModelSettings = ModelSettings()
     robust: Robust = Robust()
+
+    @property
+    def staleness(self) -> float | None:
+        """The exponent with which late updates are merged; `None` where they are refused."""
+        return 0.5 if self.stale is None and self.mode == "async" else self.stale
 
     def exports(self, number: int) -> bool:
         """Whether personal models are exported after this round."""

@@ -15,7 +15,7 @@ from coordinator.live import Live
 from coordinator.settings import BudgetSettings, CoordinatorSettings, HttpSettings, RunSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
-from edge_agent.agent import OFFLINE, Agent
+from edge_agent.agent import OFFLINE, Agent, CarryOut
 from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
@@ -73,6 +73,8 @@ class Fleet:
     """Agents that answer requests, and how."""
     hostile: dict[str, Attack] = field(default_factory=dict)
     """Agents that attack, and how."""
+    work: dict[str, CarryOut] = field(default_factory=dict)
+    """What trains on an agent, in place of its trainer."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -108,7 +110,7 @@ class Fleet:
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
         metered, limits = self.metered.get(name), self.limits.get(name)
         attack, data = self.hostile.get(name), self.load
-        carry_out = metered.carry_out if metered else None
+        carry_out = metered.carry_out if metered else self.work.get(name)
         if attack is not None:
             carry_out, data = (
                 hostile.carry_out(attack),

@@ -57,13 +57,13 @@ class Guard:
         sizes = [float(r.metrics[SIZE]) for r in past if r.state == "closed" and r.metrics.get(SIZE)]
         found = await asyncio.to_thread(judged, run.robust, strategy, round, sizes)
         await asyncio.to_thread(self.store.quarantine.forget, run.name, number)
-        for agent, reason in sorted(found.quarantined.items()):
-            await self._outside(run.name, number, agent, reason)
-        kept = [u for u in round.updates if u.agent not in found.quarantined]
+        for update in round.updates:
+            if (reason := found.quarantined.get(update.agent)) is not None:
+                await self._outside(run.name, update.round, update.agent, reason)
         told = {SIZE: found.size} if found.size is not None else {}
         if found.quarantined:
             told["quarantined"] = float(len(found.quarantined))
-        return Round.of(round.assignments, kept), told
+        return round.without(found.quarantined), told
 
     async def _outside(self, run: str, number: int, agent: str, reason: str) -> None:
         frame = await asyncio.to_thread(self.store.update_frame, run, number, agent)

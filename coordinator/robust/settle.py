@@ -9,7 +9,7 @@ alone, such as what a hypernetwork generates, stay that device's own, and only t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from coordinator.robust import screen
@@ -27,13 +27,40 @@ class Round:
 
     assignments: tuple[Assignment, ...]
     updates: tuple[Update, ...]
+    weights: tuple[float, ...]
+    """Of every update's change, 1 but for those that came late."""
 
     @classmethod
-    def of(cls, assignments: Sequence[Assignment], updates: Sequence[Update]) -> Round:
-        """Match updates with the assignments they answer."""
+    def of(
+        cls,
+        assignments: Sequence[Assignment],
+        updates: Sequence[Update],
+        number: int | None = None,
+        staleness: float | None = None,
+    ) -> Round:
+        """Match updates with the assignments they answer, or would answer now.
+
+        An update of a round before `number` is late by s rounds, and its change weighs (1 + s)^-`staleness`
+        (Xie, Koyejo and Gupta, "Asynchronous Federated Optimization", arXiv 1903.03934, polynomial). What
+        came as a change is a change of what is there now, as in FedBuff (Nguyen et al., AISTATS 2022); what
+        came as values is a step towards them from what is there now, as in FedAsync.
+        """
         asked = {assignment.agent: assignment for assignment in assignments}
-        ordered = sorted(updates, key=lambda update: update.agent)
-        return cls(tuple(asked[update.agent] for update in ordered), tuple(ordered))
+        ordered = sorted(updates, key=lambda update: (update.agent, update.round))
+        weights = [
+            1.0 if number is None or staleness is None else float((1 + number - u.round) ** -staleness)
+            for u in ordered
+        ]
+        return cls(tuple(asked[update.agent] for update in ordered), tuple(ordered), tuple(weights))
+
+    def without(self, agents: Container[str]) -> Round:
+        """Return the round without what these agents sent."""
+        left = [i for i, update in enumerate(self.updates) if update.agent not in agents]
+        return Round(
+            tuple(self.assignments[i] for i in left),
+            tuple(self.updates[i] for i in left),
+            tuple(self.weights[i] for i in left),
+        )
 
     def bases(self) -> list[Parameters]:
         """Return what every device started from; one copy where many started from the same."""
@@ -66,12 +93,13 @@ def settled(settings: Robust, strategy: Strategy, state: State, round: Round) ->
 
     Pure, as planning and absorbing are: a round that is made again comes out the same.
     """
-    if not settings.combines or not round.updates:
+    late = any(weight != 1 for weight in round.weights)
+    if not (settings.combines or late) or not round.updates:
         return list(round.updates)
     bases = round.bases()
     changes = round.changes(bases)
     scales = clipped(settings, strategy, state, round, changes)
-    bounded = [_scaled(change, scale) for change, scale in zip(changes, scales, strict=True)]
+    bounded = [_scaled(c, s * w) for c, s, w in zip(changes, scales, round.weights, strict=True)]
     if settings.rule != "mean":
         names = _pooled(strategy, bounded)
         agreed = consensus(settings.rule, settings.hostile, round.updates, bounded, names)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -37,6 +37,8 @@ ASKED_AGAIN = 5
 
 class AdaptivePruning(Strategy):
     """Head personal, FFL units averaged over those who kept them, the rest averaged over all."""
+
+    mergeable: ClassVar[bool] = True
 
     head_epochs: int = Field(1, ge=0, le=1000)
     """Epochs of the personal phase, before the shared one."""

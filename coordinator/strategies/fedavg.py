@@ -17,6 +17,7 @@ from foundation.parameters import WEIGHTS, Parameters, Role, role_of
 class FedAvg(Strategy):
     """One phase over all roles; everything shared is averaged."""
 
+    mergeable: ClassVar[bool] = True
     shared: ClassVar[frozenset[Role]] = WEIGHTS
     """Roles that travel and are averaged; the others stay on their device."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -52,6 +52,8 @@ Gate = Annotated[float, Field(ge=0, le=1)]
 
 class Hedgerow(Strategy):
     """Average, keep, mix by gates; prune; train little and send few bits."""
+
+    mergeable: ClassVar[bool] = True
 
     epochs: int = Field(2, ge=0, le=1000)
     first_epochs: int = Field(1, ge=0, le=1000)

@@ -159,7 +159,7 @@ def test_a_consensus_of_equals_is_the_mean(name: str, settings: dict[str, object
         own = changes_of(one, assignment, base)
         told = one.model_copy(update={"masks": round.updates[0].masks})
         alike.append(restated(told, assignment, base, own.updated({n: changes[n] for n in names})))
-    same_round = Round(round.assignments, tuple(alike))
+    same_round = Round.of(round.assignments, alike)
     plain = toy.strategy.absorb(state, alike)
     for rule in ("median", "trimmed_mean", "krum", "multi_krum"):
         found = settled(Robust(rule=rule), toy.strategy, state, same_round)
@@ -188,10 +188,10 @@ def test_clipping_bounds_what_one_device_can_do(name: str, settings: dict[str, o
         pytest.skip("nothing travels")
     loud = Parameters((n, c * np.float32(1e6)) for n, c in changes[0].items())
     first = restated(round.updates[0], round.assignments[0], round.bases()[0], loud)
-    attacked = Round(round.assignments, (first, *round.updates[1:]))
+    attacked = Round.of(round.assignments, [first, *round.updates[1:]])
     ready = settled(Robust(clip=1.0, huge=None), toy.strategy, state, attacked)
     norms = [np.sqrt(sum(float((c**2).sum()) for c in ch.values())) for ch in changes]
-    bounded = Round(round.assignments, tuple(ready)).changes(round.bases())
+    bounded = Round.of(round.assignments, ready).changes(round.bases())
     largest = max(np.sqrt(sum(float((c**2).sum()) for c in ch.values())) for ch in bounded)
     assert largest <= 1.1 * max(norms)
     after = toy.strategy.absorb(state, ready)
@@ -209,7 +209,7 @@ def test_claimed_examples_are_bounded() -> None:
         Robust(examples=2.0),
         toy.strategy,
         state,
-        Round(round.assignments, (liar, *round.updates[1:])),
+        Round.of(round.assignments, [liar, *round.updates[1:]]),
     )
     assert [u.examples for u in ready] == [96, 48, 48, 48, 48]
 
@@ -217,7 +217,7 @@ def test_claimed_examples_are_bounded() -> None:
 def test_a_fixed_bound_holds_whatever_the_others_do() -> None:
     toy, round, state = answered("fedavg")
     ready = settled(Robust(clip_norm=0.01), toy.strategy, state, round)
-    for change in Round(round.assignments, tuple(ready)).changes(round.bases()):
+    for change in Round.of(round.assignments, ready).changes(round.bases()):
         assert np.sqrt(sum(float((c**2).sum()) for c in change.values())) == pytest.approx(0.01, rel=1e-2)
 
 
