@@ -14,6 +14,7 @@ it is missed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -152,12 +153,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     runs = []
-    for strategy in options.strategies:
-        for setting in options.settings:
-            for attack in options.attacks:
-                for seed in options.seeds:
-                    runs.append(run_once(options, strategy, setting, attack, seed))
-                    print(f"  {runs[-1]}", file=sys.stderr, flush=True)
+    pairs = [("off", "none"), *itertools.product(options.settings, options.attacks)]
+    for strategy, (setting, attack) in itertools.product(options.strategies, dict.fromkeys(pairs)):
+        for seed in options.seeds:
+            runs.append(run_once(options, strategy, setting, attack, seed))
+            print(f"  {runs[-1]}", file=sys.stderr, flush=True)
     lines, held = table(runs)
     if options.json:
         about = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
