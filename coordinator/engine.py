@@ -27,7 +27,7 @@ from coordinator.easing import Ease
 from coordinator.live import Live, Phase
 from coordinator.pace import ROUNDS, Busy, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
-from coordinator.report import round_metrics, update_summary
+from coordinator.report import round_metrics, update_summary, update_words
 from coordinator.robust.guard import Guard
 from coordinator.robust.settle import Round, settled
 from coordinator.roster import Roster
@@ -666,13 +666,14 @@ class Engine:
 
     def _tell_update(self, update: Update, wire_bytes: int) -> None:
         agent = update.agent
+        self.live.privacy(agent, update.metrics.get("epsilon"), update.metrics.get("delta"))
         if update.problem:
             self.live.emit(
                 "problem", f"{agent}: {update.problem}", run=update.run, round=update.round, agent=agent
             )
         self.live.emit(
             "update",
-            f"{agent}: accuracy {update.metrics.get('accuracy', 0.0):.3f}",
+            f"{agent}: {update_words(update)}",
             run=update.run,
             round=update.round,
             agent=agent,

@@ -20,7 +20,7 @@ from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
-from edge_agent.settings import AgentSettings, ServeSettings
+from edge_agent.settings import AgentSettings, PrivacySettings, ServeSettings
 from foundation.messages import Presence
 from foundation.profile import DeviceProfile
 from foundation.spec import ModelSettings
@@ -73,6 +73,8 @@ class Fleet:
     """Agents that answer requests, and how."""
     hostile: dict[str, Attack] = field(default_factory=dict)
     """Agents that attack, and how."""
+    privacy: dict[str, PrivacySettings] = field(default_factory=dict)
+    """Agents that clip and blur what leaves them."""
     work: dict[str, CarryOut] = field(default_factory=dict)
     """What trains on an agent, in place of its trainer."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class Fleet:
             vault=self.folder / name,
             data=DataSettings(kind="builtin", name="digits"),
             serve=self.serve.get(name, ServeSettings()),
+            privacy=self.privacy.get(name, PrivacySettings()),
         )
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
         metered, limits = self.metered.get(name), self.limits.get(name)
