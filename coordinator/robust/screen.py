@@ -56,10 +56,17 @@ def judged(
     pooled: Sequence[str],
     history: Sequence[float] = (),
 ) -> Judged:
-    """Return who is far outside. `pooled` are names of averaged arrays, `history` sizes of earlier rounds."""
-    sizes = [size_of(u, c) for u, c in zip(updates, changes, strict=True)]
+    """Return who is far outside. `pooled` are names of averaged arrays, `history` sizes of earlier rounds.
+
+    `changes` may make each one when it is asked for: only directions need several of them at once.
+    """
+    sizes: list[float] = []
+    names: list[frozenset[str]] = []
+    for update, change in zip(updates, changes, strict=True):
+        sizes.append(size_of(update, change))
+        names.append(frozenset(change))
     reasons: dict[str, str] = {}
-    for alike in _alike(changes):
+    for alike in _alike(names):
         for i in alike:
             others = [sizes[j] for j in alike if j != i and sizes[j] > 0]
             reason = _too_large(settings, sizes[i], others, history)
@@ -67,20 +74,20 @@ def judged(
                 reasons[updates[i].agent] = reason
         rest = [i for i in alike if updates[i].agent not in reasons and sizes[i] > 0]
         if settings.outlier is not None and len(rest) > WITNESSES:
-            names = [name for name in pooled if name in changes[rest[0]]]
+            averaged = [name for name in pooled if name in names[rest[0]]]
             own, theirs = [updates[i] for i in rest], [changes[i] for i in rest]
-            for agent, reason in _turned_away(settings.outlier, own, theirs, names).items():
+            for agent, reason in _turned_away(settings.outlier, own, theirs, averaged).items():
                 reasons[agent] = reason
     left = [size for u, size in zip(updates, sizes, strict=True) if u.agent not in reasons and size > 0]
     return Judged(reasons, float(np.median(left)) if left else None)
 
 
-def _alike(changes: Sequence[Parameters]) -> list[list[int]]:
+def _alike(names: Sequence[frozenset[str]]) -> list[list[int]]:
     """Return the places of those that hold the same arrays, group by group; who holds none is in none."""
     groups: dict[frozenset[str], list[int]] = {}
-    for i, change in enumerate(changes):
-        if change:
-            groups.setdefault(frozenset(change), []).append(i)
+    for i, own in enumerate(names):
+        if own:
+            groups.setdefault(own, []).append(i)
     return list(groups.values())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from coordinator.robust import screen
 from coordinator.robust.changes import base_of, changes_of, norm_of, restated
@@ -84,8 +85,29 @@ def judged(
     settings: Robust, strategy: Strategy, round: Round, history: Sequence[float] = ()
 ) -> screen.Judged:
     """Return whom of a round to quarantine, and why."""
-    changes = round.changes(round.bases())
-    return screen.judged(settings, round.updates, changes, _pooled(strategy, changes), history)
+    pooled = _pooled(strategy, [update.parameters for update in round.updates])
+    return screen.judged(settings, round.updates, _OneByOne(round), pooled, history)
+
+
+class _OneByOne(Sequence[Parameters]):
+    """Everybody's changes, each made when it is asked for, so that only one is there at a time."""
+
+    def __init__(self, round: Round) -> None:
+        self._round, self._bases = round, round.bases()
+
+    def __len__(self) -> int:
+        return len(self._bases)
+
+    @overload
+    def __getitem__(self, place: int) -> Parameters: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Parameters]: ...
+
+    def __getitem__(self, place: int | slice) -> Parameters | Sequence[Parameters]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return changes_of(self._round.updates[place], self._round.assignments[place], self._bases[place])
 
 
 def settled(settings: Robust, strategy: Strategy, state: State, round: Round) -> list[Update]:
@@ -153,8 +175,8 @@ def _replaced(change: Parameters, agreed: Parameters) -> Parameters:
     return Parameters((name, agreed.get(name, array)) for name, array in change.items())
 
 
-def _pooled(strategy: Strategy, changes: Sequence[Parameters]) -> list[str]:
-    names = dict.fromkeys(name for change in changes for name in change)
+def _pooled(strategy: Strategy, arrays: Sequence[Parameters]) -> list[str]:
+    names = dict.fromkeys(name for some in arrays for name in some)
     return [name for name in names if strategy.pools(name)]
 
 
