@@ -26,13 +26,23 @@ class Collector:
         grace_s: float,
         silent_for: Callable[[str], float | None],
         clock: Callable[[], float],
+        soft: float | None = None,
+        buffer: int | None = None,
+        others: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """Wait until `deadline` (on `clock`); `silent_for` gives an agent's seconds offline, or None."""
+        """Wait until `deadline` (on `clock`); `silent_for` gives an agent's seconds offline, or None.
+
+        From `soft` on (on `clock`) the quorum suffices. With `buffer`, so many updates of any round suffice
+        at once, and `others` says who is still at work on earlier ones.
+        """
         self.assignments: Mapping[str, Assignment] = {a.agent: a for a in assignments}
         self.updates: dict[str, Update] = {}
         self.refusals: dict[str, str] = {}
-        self.needed = max(1, math.ceil(quorum * len(assignments)))
+        self.late: dict[tuple[int, str], Update] = {}
+        """Updates of earlier rounds, by round and agent."""
+        self.needed = 1 if buffer is not None else max(1, math.ceil(quorum * len(assignments)))
         self._deadline, self._grace_s = deadline, grace_s
+        self._soft, self._buffer, self._others = soft, buffer, others
         self._silent_for, self._clock = silent_for, clock
         self._changed = asyncio.Event()
 
@@ -41,28 +51,17 @@ class Collector:
         assignment = self.assignments.get(update.agent)
         if assignment is None:
             raise FrameMismatch(f"agent {update.agent!r} was not asked in round {update.round}")
-        layout = expected_layout(assignment)
-        check_update(update, Expected(assignment.run, assignment.round, assignment.agent, layout))
-        if update.masks and assignment.work.layout == "flat":
-            raise FrameMismatch("masks came with a model whose layout is the device's own")
-        hidden = assignment.spec.hidden
-        for block, mask in update.masks.items():
-            if mask.shape != (hidden,):
-                raise FrameMismatch(f"mask of {block} has shape {mask.shape}, not ({hidden},)")
-        made = update.artifact
-        if made is not None and (made.run, made.round, made.agent) != (
-            update.run,
-            update.round,
-            update.agent,
-        ):
-            raise FrameMismatch(
-                f"its artifact is of {made.agent!r} in round {made.round} of run {made.run!r}"
-            )
+        check_answer(update, assignment)
 
     def add(self, update: Update) -> None:
         """Count an update that was checked and stored."""
         self.updates[update.agent] = update
         self.refusals.pop(update.agent, None)
+        self._changed.set()
+
+    def add_late(self, update: Update) -> None:
+        """Count an update of an earlier round that was checked and stored."""
+        self.late[update.round, update.agent] = update
         self._changed.set()
 
     def refuse(self, agent: str, reason: str) -> None:
@@ -89,7 +88,7 @@ class Collector:
                     await self._changed.wait()
             except TimeoutError:
                 continue
-        if len(self.updates) < self.needed:
+        if len(self.updates) < self.needed and not self._filled:
             missing = dict.fromkeys(self.outstanding, "no answer") | self.refusals
             reasons = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(missing.items()))
             raise QuorumMissed(
@@ -98,14 +97,44 @@ class Collector:
             )
         return [self.updates[agent] for agent in sorted(self.updates)]
 
+    @property
+    def _filled(self) -> bool:
+        """Whether updates of any round make up for the quorum."""
+        return self._buffer is not None and bool(self.updates or self.late)
+
     def _may_close(self) -> bool:
-        waiting = self.outstanding
+        waiting, count = self.outstanding, len(self.updates)
+        if self._buffer is not None:
+            waiting, count = [*waiting, *self._others()], count + len(self.late)
+            if count >= self._buffer:
+                return True
         if not waiting or self._clock() >= self._deadline:
             return True
-        if len(self.updates) < self.needed:
+        if count < self.needed:
             return False
+        if self._buffer is None and self._soft is not None and self._clock() >= self._soft:
+            return True
         silent = [self._silent_for(agent) for agent in waiting]
         return all(s is not None and s > self._grace_s for s in silent)
+
+
+def check_answer(update: Update, assignment: Assignment) -> None:
+    """Raise `FrameMismatch` when an update does not answer this assignment."""
+    layout = expected_layout(assignment)
+    check_update(update, Expected(assignment.run, assignment.round, assignment.agent, layout))
+    if update.masks and assignment.work.layout == "flat":
+        raise FrameMismatch("masks came with a model whose layout is the device's own")
+    hidden = assignment.spec.hidden
+    for block, mask in update.masks.items():
+        if mask.shape != (hidden,):
+            raise FrameMismatch(f"mask of {block} has shape {mask.shape}, not ({hidden},)")
+    made = update.artifact
+    if made is not None and (made.run, made.round, made.agent) != (
+        update.run,
+        update.round,
+        update.agent,
+    ):
+        raise FrameMismatch(f"its artifact is of {made.agent!r} in round {made.round} of run {made.run!r}")
 
 
 def expected_layout(assignment: Assignment) -> Layout:

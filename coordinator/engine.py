@@ -14,19 +14,22 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import ValidationError
 
-from coordinator.collector import Collector
+from coordinator.collector import Collector, check_answer
 from coordinator.easing import Ease
 from coordinator.live import Live, Phase
+from coordinator.pace import ROUNDS, Busy, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
-from coordinator.report import round_metrics, update_summary
+from coordinator.report import round_metrics, update_summary, update_words
+from coordinator.robust.guard import Guard
+from coordinator.robust.settle import Round, settled
 from coordinator.roster import Roster
 from coordinator.selection import Choice, Selection
 from coordinator.settings import CoordinatorSettings, RunSettings
@@ -59,16 +62,16 @@ from foundation.spec import initial_parameters
 from foundation.topics import Topics, checked_name
 from foundation.transfer import Courier
 from foundation.transport import Letter, Transport
-from foundation.work import Encoding
 
 logger = logging.getLogger(__name__)
 
-MALFORMED_LIMIT = 3
 GOODBYE_S = 3.0
 """How long stopping waits for the broker."""
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
+Asks: TypeAlias = Callable[[Sequence[str]], Awaitable[list[Assignment]]]
+"""Returns what agents would be asked in a round."""
 
 
 @dataclass
@@ -82,6 +85,9 @@ class _Open:
     frames: dict[str, bytes]
     deadline: float
     sending: dict[str, asyncio.Task[None]]
+    asks: Asks
+    taken: set[str] = field(default_factory=set)
+    """Who has its assignment."""
 
 
 class Engine:
@@ -111,6 +117,8 @@ class Engine:
         """How the last run ended."""
         self._beside = beside
         self._selection = Selection(self.roster, store, live, settings.budgets, clock)
+        self._guard = Guard(store, self.roster, live)
+        self._busy = Busy(time.monotonic)
         self._session = uuid.uuid4().hex[:12]
         self._run: asyncio.Task[None] | None = None
         self._open: _Open | None = None
@@ -226,7 +234,11 @@ class Engine:
 
     def _launch(self, run: RunSettings, course: Course | None = None) -> None:
         checked_name(run.name, "run")
-        load_strategy(run.strategy, run.settings)  # a wrong setting is said at once, not in the task
+        strategy = load_strategy(
+            run.strategy, run.settings
+        )  # a wrong setting is said at once, not in the task
+        if run.mode == "async" and not strategy.mergeable:
+            raise SettingsError(f'{run.strategy} cannot merge late updates: give run.mode = "rounds"')
         self._active = run.name
         self.finished.clear()
         self._run = asyncio.create_task(self._whole_run(run, course))
@@ -239,6 +251,7 @@ class Engine:
                 course = await self._decide(run)
             run = course.settings
             strategy = load_strategy(run.strategy, run.settings)
+            await self._guard.remember(run.name)
             state = await self._state(course, strategy)
             for number in range(state.round + 1, run.rounds + 1):
                 state = await self._round(course, strategy, state, number)
@@ -329,14 +342,15 @@ class Engine:
         latest = await asyncio.to_thread(self.store.latest_state, run.name)
         if latest is not None:
             state = await asyncio.to_thread(State.from_bytes, latest[1])
-            return await self._replayed(run, strategy, state)
+            return await self._replayed(course, strategy, state)
         model = initial_parameters(course.spec, run.seed)
         state = await asyncio.to_thread(strategy.begin, model, run.seed)
         await asyncio.to_thread(self.store.save_initial_state, run.name, state.to_bytes())
         return state
 
-    async def _replayed(self, run: RunSettings, strategy: Strategy, state: State) -> State:
+    async def _replayed(self, course: Course, strategy: Strategy, state: State) -> State:
         """Return the state after the last closed round: a snapshot, and the updates of the rounds since."""
+        run = course.settings
         known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
         while True:
             number = state.round + 1
@@ -345,18 +359,45 @@ class Engine:
                 return state
             for agent in record.agents:
                 state = strategy.enroll(state, known[agent], run.seed)
-            updates = []
+            updates: list[Update] = []
             for update in await asyncio.to_thread(self.store.updates, run.name, number):
-                if update.frame_sha256 is not None:
-                    frame = await asyncio.to_thread(self.store.update_frame, run.name, number, update.agent)
-                    updates.append(await asyncio.to_thread(update_from, frame))
+                absorbed = record.absorbed is None or update.agent in record.absorbed
+                if absorbed and update.frame_sha256 is not None:
+                    updates.append(await self._update(run.name, number, update.agent))
+            updates += [await self._update(run.name, *late) for late in record.late]
+            if (run.robust.combines or record.late) and updates:
+                # What a change is depends on what was sent; planning is pure, so it is planned again.
+                eases = {agent: Ease.model_validate(ease) for agent, ease in record.eased.items()}
+                context = context_of(course, [known[agent] for agent in record.agents], number)
+                assignments, _ = await asyncio.to_thread(planned, strategy, state, context, eases)
+                more = await self._asks(course, strategy, state, number, [a for _, a in record.late])
+                answers = Round.of([*more, *assignments], updates, number, run.staleness)
+                updates = await asyncio.to_thread(settled, run.robust, strategy, state, answers)
             state = await asyncio.to_thread(strategy.absorb, state, updates)
+
+    async def _update(self, run: str, number: int, agent: str) -> Update:
+        frame = await asyncio.to_thread(self.store.update_frame, run, number, agent)
+        return await asyncio.to_thread(update_from, frame)
+
+    async def _asks(
+        self, course: Course, strategy: Strategy, state: State, number: int, agents: Sequence[str]
+    ) -> list[Assignment]:
+        """Return what these agents would be asked in a round, whether they are or not."""
+        known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
+        cards = [known[agent] for agent in sorted(set(agents)) if agent in known]
+        if not cards:
+            return []
+        for card in cards:
+            state = strategy.enroll(state, card, course.settings.seed)
+        context = context_of(course, cards, number)
+        return (await asyncio.to_thread(planned, strategy, state, context))[0]
 
     async def _snapshot(self, run: RunSettings, state: State) -> None:
         """Keep the state and let go of what it was made of; a round goes on meanwhile."""
         data = await asyncio.to_thread(state.to_bytes)
         await asyncio.to_thread(self.store.save_state, run.name, state.round, data)
-        await asyncio.to_thread(self.store.drop_frames, run.name, state.round)
+        late_after = None if run.staleness is None else state.round - run.stale_rounds - 1
+        await asyncio.to_thread(self.store.drop_frames, run.name, state.round, late_after=late_after)
 
     async def _saved(self) -> None:
         """Wait for the snapshot that is being written; raises what it failed of."""
@@ -381,12 +422,26 @@ class Engine:
         if not assignments:
             told = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(left_out.items()))
             raise RoundError(f"nobody can do the work of {run.strategy} ({told})")
-        updates = await self._collect(run, number, assignments, opened, strategy.encoding_down)
-        self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(updates)})
-        state = await asyncio.to_thread(strategy.absorb, state, updates)
-        metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started)
-        agents = [update.agent for update in updates]
-        close = partial(self.store.close_round, run.name, number, None, metrics, absorbed=agents)
+        asks = partial(self._asks, course, strategy, state, number)
+        collected, late = await self._collect(run, number, assignments, opened, strategy, asks)
+        self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(collected) + len(late)})
+        more = await asks([update.agent for update in late])
+        answers = Round.of([*more, *assignments], [*collected, *late], number, run.staleness)
+        answers, found = await self._guard.screened(run, number, strategy, answers)
+        updates = [update for update in answers.updates if update.round == number]
+        merged = [(u.round, u.agent) for u in answers.updates if u.round != number]
+        ready = await asyncio.to_thread(settled, run.robust, strategy, state, answers)
+        state = await asyncio.to_thread(strategy.absorb, state, ready)
+        metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started) | found
+        if merged:
+            metrics["late"] = float(len(merged))
+        close = partial(
+            self.store.close_round,
+            *(run.name, number, None, metrics),
+            absorbed=[update.agent for update in updates],
+            late=merged,
+            refused=[(u.round, u.agent) for u in late if (u.round, u.agent) not in merged],
+        )
         await asyncio.to_thread(close)
         if number % run.snapshot_every == 0 or number == run.rounds:
             await self._saved()
@@ -440,6 +495,7 @@ class Engine:
         while True:
             await self._gather_again(run)
             choice = await self._selection.choice(course, strategy, state, number)
+            choice = choice.without(self._busy.rounds(number - run.stale_rounds))
             for agent, reason in sorted(choice.skipped.items()):
                 if told.get(agent) != reason:
                     self._skipped(run.name, number, agent, reason)
@@ -453,7 +509,10 @@ class Engine:
                 why = "; ".join(f"{agent}: {reason}" for agent, reason in sorted(told.items()))
                 raise RoundError(f"nobody can afford this round: raise [budgets] ({why})")
             self.live.phase(run.name, number, run.rounds, "waiting for agents", {"skipped": len(told)})
-            await self._selection.changed(choice)
+            if self._busy.rounds():
+                await asyncio.sleep(0.1)  # who is at work will be free, which no card says
+            else:
+                await self._selection.changed(choice)
 
     def _tell_asked(self, run: str, number: int, asked: Sequence[str], eases: Mapping[str, Ease]) -> None:
         for agent in asked:
@@ -473,8 +532,10 @@ class Engine:
         number: int,
         assignments: Sequence[Assignment],
         opened: float,
-        down: Encoding,
-    ) -> list[Update]:
+        strategy: Strategy,
+        asks: Asks,
+    ) -> tuple[list[Update], list[Update]]:
+        """Return the round's updates, and those of earlier rounds that came meanwhile."""
         left = run.deadline_s - (time.time() - opened)
         if left <= 0:
             left = run.deadline_s  # the coordinator was away for longer than a round: start its clock anew
@@ -485,14 +546,15 @@ class Engine:
             grace_s=run.grace_s,
             silent_for=self._silent_for,
             clock=time.monotonic,
+            soft=await self._soft(run, number, opened),
+            buffer=run.buffer if run.mode == "async" else None,
+            others=lambda: tuple(self._busy.rounds()),
         )
-        for record in await asyncio.to_thread(self.store.updates, run.name, number):
-            frame = await asyncio.to_thread(self.store.update_frame, run.name, number, record.agent)
-            collector.add(update_from(frame))
+        await self._stored_before(run, number, collector, asks)
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
-        encoding = run.encoding or down
+        encoding = run.encoding or strategy.encoding_down
         frames = {a.agent: await asyncio.to_thread(frame_of, a, encoding) for a in assignments}
-        here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {})
+        here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {}, asks)
         async with self._opened:
             self._open = here
             self._opened.notify_all()
@@ -500,11 +562,48 @@ class Engine:
             for agent in collector.outstanding:
                 self._send(agent)
             self._tell_collected(here)
-            return await collector.wait()
+            updates = await collector.wait()
+            if run.staleness is not None and strategy.mergeable:
+                for agent in here.taken.intersection(collector.outstanding):
+                    self._busy.add(agent, number, time.monotonic() + run.deadline_s)
+            return updates, [collector.late[key] for key in sorted(collector.late)]
         finally:
             self._open = None
             for task in here.sending.values():
                 task.cancel()
+
+    async def _stored_before(
+        self,
+        run: RunSettings,
+        number: int,
+        collector: Collector,
+        asks: Asks,
+    ) -> None:
+        """Count what is in the store: of a round that is opened again, and late ones nobody has merged."""
+        for record in await asyncio.to_thread(self.store.updates, run.name, number):
+            collector.add(await self._update(run.name, number, record.agent))
+        if run.staleness is None:
+            return
+        after = number - run.stale_rounds - 1
+        for round, agent in await asyncio.to_thread(self.store.late_updates, run.name, after):
+            if round < number:
+                update = await self._update(run.name, round, agent)
+                try:
+                    await _check_late(update, asks)
+                except WorkRefused as error:
+                    self.live.emit("late", f"{agent}: {error}", run=run.name, round=number, agent=agent)
+                else:
+                    collector.add_late(update)
+
+    async def _soft(self, run: RunSettings, number: int, opened: float) -> float | None:
+        """Return when the quorum suffices, on the monotonic clock, by what devices took lately."""
+        if run.patience is None:
+            return None
+        past = await asyncio.to_thread(self.store.latest_rounds, run.name, ROUNDS + 1)
+        past = [record for record in past if record.round < number]
+        updates = [u for r in past for u in await asyncio.to_thread(self.store.updates, run.name, r.round)]
+        took = answer_s(past, updates)
+        return None if took is None else time.monotonic() + run.patience * took - (time.time() - opened)
 
     def _tell_collected(self, here: _Open) -> None:
         counts = {"updates": len(here.collector.updates), "expected": len(here.collector.assignments)}
@@ -534,6 +633,7 @@ class Engine:
             else:
                 logger.warning("assignment not taken", extra={"agent": agent, "reason": str(error)})
         else:
+            here.taken.add(agent)
             logger.debug("assignment delivered", extra={"agent": agent, "bytes": delivery.wire_bytes})
 
     def shut_out(self, agent: str, reason: str) -> None:
@@ -556,10 +656,14 @@ class Engine:
         """Take an update: checked, stored, counted; the agent is told `stored` when this returns."""
         agent = self.topics.agent_of(topic)
         self.roster.heard(agent)
+        self._busy.done(agent)
         await self._begun.wait()  # before that, every run would seem to be over
         try:
             update, here = await self._checked(agent, frame)
         except WireError as error:
+            here = self._open
+            place = (here.run, here.round) if here is not None else (None, None)
+            await self._guard.malformed(agent, str(error), frame, *place)
             self._malformed(agent, str(error))
             self._not_waited_for(agent, str(error))
             raise
@@ -574,16 +678,26 @@ class Engine:
         new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
         if not new:
             return  # the first one stays: what counts here is what a restart would find in the store
-        here.collector.add(update)
+        if update.round == here.round:
+            here.collector.add(update)
+        else:
+            here.collector.add_late(update)
+            text = f"{agent}: its update of round {update.round} came late, and counts less"
+            self.live.emit("late_merged", text, run=update.run, round=here.round, agent=agent)
         if self._open is here:
             self._tell_collected(here)
+        self._tell_update(update, wire_bytes)
+
+    def _tell_update(self, update: Update, wire_bytes: int) -> None:
+        agent = update.agent
+        self.live.privacy(agent, update.metrics.get("epsilon"), update.metrics.get("delta"))
         if update.problem:
             self.live.emit(
                 "problem", f"{agent}: {update.problem}", run=update.run, round=update.round, agent=agent
             )
         self.live.emit(
             "update",
-            f"{agent}: accuracy {update.metrics.get('accuracy', 0.0):.3f}",
+            f"{agent}: {update_words(update)}",
             run=update.run,
             round=update.round,
             agent=agent,
@@ -596,8 +710,10 @@ class Engine:
         if update.agent != agent:
             raise FrameMismatch(f"an update of {update.agent!r} came on the topic of {agent!r}")
         here = await self._round_of(update)
-        if here is not None:
+        if here is not None and update.round == here.round:
             here.collector.check(update)
+        elif here is not None:
+            await _check_late(update, here.asks)
         return update, here
 
     async def _round_of(self, update: Update) -> _Open | None:
@@ -612,6 +728,19 @@ class Engine:
             return None
         if update.run != self._active:
             raise WorkRefused(f"run {update.run!r} is not in progress")
+        here = await self._opened_for(update)
+        if here.round == update.round:
+            return here
+        course = Course.model_validate_json(
+            (await asyncio.to_thread(self.store.run, update.run)).settings_json
+        )
+        late = late_reason(course.settings, here.round - update.round)
+        if late is None:
+            return here
+        raise WorkRefused(f"round {update.round} is closed; round {here.round} is open{late}")
+
+    async def _opened_for(self, update: Update) -> _Open:
+        """Wait until the open round is an update's, or a later one; raises `WorkRefused` if none comes."""
         async with self._opened:
             while self._open is None or self._open.round < update.round:
                 if self._run is None or self._run.done():
@@ -621,10 +750,7 @@ class Engine:
                         await self._opened.wait()
                 except TimeoutError:
                     continue
-            here = self._open
-        if here.round == update.round:
-            return here
-        raise WorkRefused(f"round {update.round} is closed; round {here.round} is open")
+            return self._open
 
     async def _was_opened(self, run: str, number: int) -> bool:
         # The bound first: a number of any size fits into JSON, but not into the store.
@@ -637,13 +763,11 @@ class Engine:
         return any(record.agent == update.agent for record in records)
 
     def _malformed(self, agent: str, reason: str) -> None:
-        entry = self.roster.entry(agent)
-        entry.malformed += 1
         self.live.emit("malformed", f"{agent}: {reason}", agent=agent)
-        if entry.malformed >= MALFORMED_LIMIT and entry.set_aside is None:
-            entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
-            self.live.emit("set_aside", f"{agent} {entry.set_aside}", agent=agent)
-            self._not_waited_for(agent, entry.set_aside)
+        aside = self.roster.strike(agent, "malformed", reason)
+        if aside is not None:
+            self.live.emit("set_aside", f"{agent} {aside}", agent=agent)
+            self._not_waited_for(agent, aside)
 
     def _not_waited_for(self, agent: str, reason: str) -> None:
         """Let the open round close without an agent whose answer was no answer; a good one still counts."""
@@ -721,6 +845,7 @@ class Engine:
         await self._refused(refusal.run, refusal.round, agent, refusal.reason)
 
     async def _refused(self, run: str, number: int, agent: str, reason: str) -> None:
+        self._busy.done(agent, number)
         self.live.emit("refusal", f"{agent}: {reason}", run=run, round=number, agent=agent)
         await asyncio.to_thread(self.store.add_refusal, run, number, agent, reason, datetime.now(UTC))
         here = self._open
@@ -748,3 +873,14 @@ class Engine:
             await self.transport.publish(self.topics.of(agent, what), body.encode())
         except NotConnected as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
+
+
+async def _check_late(update: Update, asks: Asks) -> None:
+    """Raise `WorkRefused` unless an update of a closed round is what would be asked for now."""
+    asked = await asks([update.agent])
+    if not asked:
+        raise WorkRefused(f"round {update.round} is closed, and nothing would be asked now")
+    try:
+        check_answer(update, asked[0].model_copy(update={"round": update.round}))
+    except FrameMismatch as error:
+        raise WorkRefused(f"round {update.round} is closed, and another answer is due: {error}") from error

@@ -120,6 +120,11 @@ def pull_back(
     return Parameters((name, _gradient(value)) for name, value in tensors.items()), row_gradient
 
 
+def norm(gradient: Mapping[str, Array]) -> float:
+    """Return the Euclidean norm of a gradient."""
+    return math.hypot(*(float(np.linalg.norm(g)) for g in gradient.values()))
+
+
 def tensor(values: Array) -> Tensor:
     """Return a copy as a tensor of the same type, in torch's own memory (see foundation/nn/bridge.py)."""
     return torch.tensor(np.asarray(values, order="C"))

@@ -115,6 +115,11 @@ class AgentStatus(Frozen):
     """Why the present round does without it."""
     eased: str | None = None
     """With what it is asked for less in the present round, and why."""
+    quarantined: str | None = None
+    """Why its last update that was not merged was not, since this coordinator started."""
+    epsilon: float | None = None
+    """Privacy that its updates have spent, as it says itself, at `delta`; `None` where it adds no noise."""
+    delta: float | None = None
     serving: str | None = None
 
 
@@ -281,6 +286,14 @@ class Live:
     def asked(self, agent: str, *, skipped: str | None = None, eased: str | None = None) -> None:
         """The present round asks an agent: not at all, for less, or in full."""
         self._change(agent, skipped=skipped, eased=eased)
+
+    def privacy(self, agent: str, epsilon: float | None, delta: float | None) -> None:
+        """An agent has told what its updates have spent of its privacy, or that it adds no noise."""
+        self._change(agent, epsilon=epsilon, delta=delta)
+
+    def quarantined(self, agent: str, reason: str) -> None:
+        """An update of an agent was not merged, but kept apart."""
+        self._change(agent, quarantined=reason)
 
     def round_closed(self, run: str, round: int, seconds: float | None) -> None:
         """A round of `run` is closed and took `seconds`; the estimate of the time left rests on these.

@@ -70,6 +70,13 @@ def update_summary(
     }
 
 
+def update_words(update: Update) -> str:
+    """Return what an update says of itself, in words."""
+    accuracy, epsilon = update.metrics.get("accuracy"), update.metrics.get("epsilon")
+    words = "accuracy not told" if accuracy is None else f"accuracy {accuracy:.3f}"
+    return words if epsilon is None else f"{words}, privacy spent: epsilon {epsilon:.3g}"
+
+
 def round_metrics(updates: Sequence[Update], *, asked: int, seconds: float) -> dict[str, float]:
     """Return a round's figures: unweighted means over devices, the worst device, joules by kind."""
     result = {"asked": float(asked), "updates": float(len(updates)), "seconds": seconds}

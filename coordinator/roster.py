@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Literal
 
 from foundation.errors import RoundError
 from foundation.messages import PROTOCOL, AgentCard
 from foundation.spec import ModelSpec
 
+STRIKES = 3
+"""Answers that were none, after which an agent gets no more work."""
 Answers = tuple[str, tuple[int, ...], tuple[str, ...]]
 
 
@@ -23,6 +26,9 @@ class Entry:
     session: str = ""
     last_heard: float = 0.0
     malformed: int = 0
+    """Letters and frames that could not be read, or did not fit."""
+    outside: int = 0
+    """Updates of the present run that were far from the others'."""
     set_aside: str | None = None
     """Why this agent gets no more work, if so."""
 
@@ -43,6 +49,20 @@ class Roster:
     def heard(self, agent: str) -> None:
         """Note that an agent was heard just now."""
         self.entry(agent).last_heard = self.clock()
+
+    def strike(self, agent: str, what: Literal["malformed", "outside"], reason: str) -> str | None:
+        """Count a strike; returns why the agent is set aside, with the one that does it."""
+        entry = self.entry(agent)
+        setattr(entry, what, getattr(entry, what) + 1)
+        if entry.malformed + entry.outside < STRIKES or entry.set_aside is not None:
+            return None
+        if entry.outside:
+            counts = f"{entry.outside} far from the others, {entry.malformed} malformed"
+            total = entry.outside + entry.malformed
+            entry.set_aside = f"set aside after {total} bad answers ({counts}); the last: {reason}"
+        else:
+            entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
+        return entry.set_aside
 
     def silent_for(self, agent: str) -> float:
         """Seconds since an agent was last heard."""

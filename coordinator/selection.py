@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.budgets import Case, Verdict, decide
 from coordinator.cost import forward_cost
@@ -40,6 +40,19 @@ class Choice:
     """Everybody else, with the reason."""
     passing: bool
     """Whether some of them will be allowed at some time without anybody's doing."""
+
+    def without(self, busy: Mapping[str, int]) -> Choice:
+        """Return the choice without agents that are at work, given with the rounds they are at."""
+        found = {c.agent: busy[c.agent] for c in self.allowed if c.agent in busy}
+        if not found:
+            return self
+        reasons = {agent: f"it is still at work on round {round}" for agent, round in found.items()}
+        return replace(
+            self,
+            allowed=tuple(card for card in self.allowed if card.agent not in found),
+            skipped={**self.skipped, **reasons},
+            passing=True,
+        )
 
 
 @dataclass

@@ -15,6 +15,35 @@ from foundation.spec import ModelSettings
 from foundation.work import Encoding
 
 
+class Robust(Frozen):
+    """What keeps a few hostile or broken devices from spoiling a round; see docs/poison.md."""
+
+    rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    """How values that are averaged over devices become one."""
+    hostile: float = Field(0.2, ge=0, lt=0.5)
+    """Share of the devices that may be hostile: what a trimmed mean cuts at each end, and Krum expects."""
+    clip: float | None = Field(None, gt=0)
+    """Largest change of a device, as a multiple of the round's median; larger ones are scaled down."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of a device's change."""
+    examples: float | None = Field(None, ge=1)
+    """Examples that a device can claim, as a multiple of the round's median."""
+    huge: float | None = Field(1000.0, gt=1)
+    """Change from which on an update is quarantined, as a multiple of the others' median."""
+    outlier: float | None = Field(None, gt=0)
+    """Robust distance from the others, in size or direction, from which on an update is quarantined."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether updates are absorbed otherwise than as they came."""
+        return self.rule != "mean" or (self.clip or self.clip_norm or self.examples) is not None
+
+    @property
+    def screens(self) -> bool:
+        """Whether anything is quarantined."""
+        return (self.huge or self.outlier) is not None
+
+
 class RunSettings(Frozen):
     """One federation from its first round to its last."""
 
@@ -35,8 +64,18 @@ class RunSettings(Frozen):
     """Share of the asked agents whose updates suffice when the deadline has passed."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds a round may take."""
+    patience: float | None = Field(None, ge=1)
+    """Soft deadline, as a multiple of what devices took to answer lately: after it the quorum suffices."""
     grace_s: float = Field(60.0, ge=0)
     """Seconds to wait for agents that went offline, once the quorum is reached."""
+    mode: Literal["rounds", "async"] = "rounds"
+    """`async`: a round closes when `buffer` updates are in, whichever round's they are."""
+    buffer: int = Field(4, ge=1)
+    """Updates that close a round, with `async`."""
+    stale: float | None = Field(None, ge=0)
+    """a of the weight (1 + rounds late)^-a of a late update; not set, late ones are refused (async: 0.5)."""
+    stale_rounds: int = Field(5, ge=1)
+    """Rounds that an update may be late."""
     wait_s: float = Field(3600.0, gt=0)
     """Seconds to wait for `min_agents`."""
     snapshot_every: int = Field(1, ge=1)
@@ -49,6 +88,12 @@ class RunSettings(Frozen):
     encoding: Encoding | None = None
     """How parameters travel down; as the strategy's `encoding_down` says when not set."""
     model: ModelSettings = ModelSettings()
+    robust: Robust = Robust()
+
+    @property
+    def staleness(self) -> float | None:
+        """The exponent with which late updates are merged; `None` where they are refused."""
+        return 0.5 if self.stale is None and self.mode == "async" else self.stale
 
     def exports(self, number: int) -> bool:
         """Whether personal models are exported after this round."""

@@ -31,6 +31,7 @@ from edge_agent.energy.meter import Meter
 from edge_agent.last_model import Facts, LastModel
 from edge_agent.last_model import save as save_last
 from edge_agent.limits import Limits
+from edge_agent.privacy import Draw, Privacy, secret_noise
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
 from edge_agent.serving.answering import Answering
@@ -201,6 +202,7 @@ class Agent:
         conditions: Conditions | None = None,
         int8: Literal["auto", "on", "off"] = "off",
         utc: Callable[[], float] = time.time,
+        noise: Draw = secret_noise,
     ) -> None:
         """Live in `settings.vault`; `training` is where work is done, and stays its owner's to end.
 
@@ -209,6 +211,7 @@ class Agent:
         `interface` counts the bytes of the way to the broker.
         `limits` are those of the settings, looked at elsewhere than in this machine's files and clock.
         `conditions` watches heat, clock and power mode of each round; without it updates do not tell.
+        `noise` is what privacy draws from.
         `int8` says whether exported weights become 8-bit integers (export/quantise.py).
         `utc` is the device's clock, which is compared with the coordinator's.
         """
@@ -217,6 +220,7 @@ class Agent:
         self.profile, self.threads = profile, threads
         self.topics = Topics(settings.federation)
         self.vault = Vault(settings.vault, self.name)
+        self.privacy = Privacy(settings.privacy, settings.vault, noise)
         self.limits = limits or Limits(settings.limits, meter, settings.vault)
         self.standing = Standing()
         self._load_data, self._recorder, self._retry_s = load_data, recorder, retry_s
@@ -557,6 +561,7 @@ class Agent:
             raise WorkRefused(str(why))
 
     def _accept(self, assignment: Assignment) -> None:
+        self.privacy.allow(assignment.work)
         if self._data is None:
             raise WorkRefused(self._problem or "no data loaded yet")
         spec, data = assignment.spec, self._data
@@ -607,6 +612,9 @@ class Agent:
         self.vault.save_personal(a.run, Personal(a.round, own, outcome.pruning_steps, spent))
         give_back()  # exporting starts from a smaller peak
         artifact, problem = self._exported(a, spec, data, outcome, spent)
+        parameters = to_send(outcome.parameters, outcome.extra, sent, a.work)
+        parameters = self.privacy.released(parameters, sent, a.work)
+        silent, spent_privacy = self.privacy.silent, self.privacy.told()
         delivered, self._delivered_bytes = self._delivered_bytes, 0
         traffic = self._interface.take() if self._interface else None
         ledger = dict(self.meter.take() if self.limits.tally is None else self.limits.tally.take())
@@ -615,7 +623,7 @@ class Agent:
             round=a.round,
             agent=self.name,
             examples=data.examples,
-            metrics=outcome.metrics,
+            metrics=({} if silent else outcome.metrics) | spent_privacy,
             kept_units=outcome.kept_units,
             ledger=ledger,
             timing=self._clock.timing(self.meter.taken),
@@ -625,13 +633,15 @@ class Agent:
             interface_received_bytes=traffic.received if traffic else None,
             interface_sent_bytes=traffic.sent if traffic else None,
             state=self._conditions.end() if self._conditions else None,
-            artifact=artifact,
+            artifact=None if silent else artifact,
             problem=problem,
-            parameters=to_send(outcome.parameters, outcome.extra, sent, a.work),
+            parameters=parameters,
             masks=outcome.masks,
         )
         self.vault.finish(Outgoing(a.run, a.round, frame_of(update, a.work.encoding)))
         self.standing.accuracy = outcome.metrics["accuracy"]
+        if spent_privacy:
+            logger.info("privacy spent", extra={"round": a.round, **spent_privacy})
         give_back()
 
     def _threads_for(self, a: Assignment) -> tuple[int, str | None]:
@@ -768,7 +778,7 @@ class Agent:
             round=s.round,
             progress=s.fraction if working else None,
             eta_s=s.eta_s if working else None,
-            accuracy=s.accuracy,
+            accuracy=None if self.privacy.silent else s.accuracy,
             kept_units=s.kept_units,
             hidden_units=s.hidden_units,
             joules=self.meter.joules_total,

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from edge_agent.datasets import DataSettings
 from edge_agent.quiet import stretch
@@ -145,6 +145,29 @@ class LimitSettings(Frozen):
         return texts
 
 
+class PrivacySettings(Frozen):
+    """Bounds and noise on what leaves this device, whatever a coordinator asks; see docs/privacy.md."""
+
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the change in an update, over all its values; not set: as it is."""
+    noise: float = Field(0.0, ge=0)
+    """Standard deviation of Gaussian noise on every value, as a multiple of `clip`; 0 adds none."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Of the (epsilon, delta) that is told."""
+    epsilon: float | None = Field(None, gt=0)
+    """Work that would spend more in this device's life is refused."""
+    metrics: bool = False
+    """With noise: whether accuracy, losses and the exported model are told all the same, unprotected."""
+
+    @model_validator(mode="after")
+    def _noise_needs_a_bound(self) -> PrivacySettings:
+        if self.noise and self.clip is None:
+            raise ValueError("privacy.noise is a multiple of privacy.clip: set clip as well")
+        if self.epsilon is not None and not self.noise:
+            raise ValueError("privacy.epsilon bounds what noise has to pay for: set noise as well")
+        return self
+
+
 class AgentSettings(Frozen):
     """Everything in `agent.toml`."""
 
@@ -168,3 +191,4 @@ class AgentSettings(Frozen):
     serve: ServeSettings = ServeSettings()
     energy: EnergySettings = EnergySettings()
     limits: LimitSettings = LimitSettings()
+    privacy: PrivacySettings = PrivacySettings()

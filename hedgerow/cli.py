@@ -18,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LATE, NPZ, BOARDS = "Late joiners", "Data of your own", "Real boards"
+LATE, NPZ, BOARDS, POISON = "Late joiners", "Data of your own", "Real boards", "Poison"
 """Headings in the help of `simulate`."""
 
 PASS_ON: dict[str, Any] = {
@@ -199,6 +199,22 @@ def simulate(
     late_after: Annotated[
         int, typer.Option(min=0, help="The round after which they join.", rich_help_panel=LATE)
     ] = 0,
+    hostile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICE=ATTACK",
+            help="Rehearse an attack: 0=nan, huge, sign_flip or label_flip. Several devices may.",
+            rich_help_panel=POISON,
+        ),
+    ] = None,
+    robust: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What the aggregation does about it: rule=median, outlier=3, clip=1; see docs/poison.md.",
+            rich_help_panel=POISON,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A strategy's setting, such as target=0.95."),
@@ -288,6 +304,8 @@ def simulate(
 
     hedgerow simulate --dataset gait.npz --data-dir ~/data --partition by:person --split part
 
+    hedgerow simulate --strategy fedavg --hostile 0=huge --hostile 1=sign_flip --robust outlier=3
+
     hedgerow simulate --listen mqtt://192.168.1.10:1883 --boards 1
 
     hedgerow simulate --engine ray --devices 1000 --ray-address auto
@@ -312,6 +330,8 @@ def simulate(
             "seed": seed,
             "fraction": fraction,
             "late": late,
+            "hostile": _settings(hostile),
+            "robust": _settings(robust),
             "late_after": late_after,
             "boards": boards,
             **({} if deadline_s is None else {"deadline_s": deadline_s}),

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
-from coordinator.settings import RunSettings
+from coordinator.settings import Robust, RunSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import load_strategy
 from edge_agent.datasets import load_shares, partition_problems
@@ -33,6 +33,7 @@ from foundation.mqtt import MqttSettings
 from foundation.spec import ModelSettings
 from foundation.topics import checked_name
 from foundation.words import unknown
+from hedgerow.hostile import Attack
 from hedgerow.simulate_report import SimulationReport, Watch, gather
 from hedgerow.simulate_tables import show
 from hedgerow.virtual import RUN, Where, run
@@ -74,6 +75,9 @@ class Simulation(Frozen):
     """... after this round."""
     boards: int = Field(0, ge=0, le=1000)
     """Real agents that are waited for, beside the virtual devices."""
+    hostile: dict[int, Attack] = Field(default_factory=dict)
+    """Devices, by number, that attack, and how: rehearses what `robust` is worth."""
+    robust: Robust = Robust()
     deadline_s: float = Field(ROUND_S, gt=0)
     """For a round; matters where real boards take part."""
     profile: str = "auto"
@@ -89,6 +93,8 @@ class Simulation(Frozen):
             raise ValueError(
                 f"late: {self.late} of {self.devices} devices; some must be there from the start"
             )
+        if wrong := [str(index) for index in self.hostile if not 0 <= index < self.devices]:
+            raise ValueError(f"hostile: no device {', '.join(wrong)} among 0 to {self.devices - 1}")
         if self.late_after >= self.rounds:
             raise ValueError(f"late_after: no round is left after {self.late_after} of {self.rounds}")
         return self
@@ -147,6 +153,7 @@ class Simulation(Frozen):
             deadline_s=self.deadline_s,
             export=self.artifacts,
             model=self.model,
+            robust=self.robust,
         )
 
 

@@ -19,7 +19,7 @@ from coordinator.engine import Engine
 from coordinator.live import Live
 from coordinator.settings import CoordinatorSettings, HttpSettings
 from coordinator.store.sql import Store
-from edge_agent.agent import OFFLINE, Agent
+from edge_agent.agent import OFFLINE
 from edge_agent.energy.meter import Meter
 from edge_agent.energy.sensor import EnergySensor, find_sensors
 from edge_agent.energy.utilisation import ProcessShare, Utilisation
@@ -31,6 +31,7 @@ from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transport import MemoryBroker, MemoryTransport, Transport
+from hedgerow import hostile
 from hedgerow.simulate_report import Watch
 
 if TYPE_CHECKING:
@@ -180,8 +181,11 @@ class _Fleet:
             own = meter_elsewhere(self.profile, devices, desk, clock)
             carry_out = self.crew.carry_out(data, desk, clock, own)
         will = (Topics(self.federation).of(name, "presence"), OFFLINE.model_dump_json().encode())
+        attack = self.simulation.hostile.get(index)
+        if attack is not None:
+            data = hostile.poisoned(data, attack)
         with own:
-            agent = Agent(
+            agent = hostile.agent_of(attack)(
                 settings,
                 transport=self.dial(name, will),
                 meter=own,
@@ -189,7 +193,7 @@ class _Fleet:
                 threads=1,
                 load_data=lambda: data,
                 training=desk,
-                carry_out=carry_out,
+                carry_out=carry_out if attack is None else hostile.carry_out(attack, carry_out),
             )
             await agent.run()
 

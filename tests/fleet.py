@@ -28,12 +28,14 @@ from edge_agent.datasets import DataSettings
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.samples import LocalData
-from edge_agent.settings import AgentSettings, ServeSettings
+from edge_agent.settings import AgentSettings, PrivacySettings, ServeSettings
 from foundation.messages import Presence
 from foundation.profile import DeviceProfile
 from foundation.spec import ModelSettings
 from foundation.topics import Topics
 from foundation.transport import MemoryBroker, MemoryTransport, Transport
+from hedgerow import hostile
+from hedgerow.hostile import Attack
 from tests.metered import Metered
 from tests.toys import toy_data
 
@@ -86,6 +88,10 @@ class Fleet:
     """How agents work that do not only train."""
     utc: dict[str, Callable[[], float]] = field(default_factory=dict)
     """Agents whose clock is another."""
+    hostile: dict[str, Attack] = field(default_factory=dict)
+    """Agents that attack, and how."""
+    privacy: dict[str, PrivacySettings] = field(default_factory=dict)
+    """Agents that clip and blur what leaves them."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -124,19 +130,27 @@ class Fleet:
             vault=self.folder / name,
             data=DataSettings(kind="builtin", name="digits"),
             serve=self.serve.get(name, ServeSettings()),
+            privacy=self.privacy.get(name, PrivacySettings()),
         )
         will = (TOPICS.of(name, "presence"), OFFLINE.model_dump_json().encode())
         metered, limits = self.metered.get(name), self.limits.get(name)
+        attack, data = self.hostile.get(name), self.load
+        carry_out = metered.carry_out if metered else self.carry_out.get(name)
+        if attack is not None:
+            carry_out, data = (
+                hostile.carry_out(attack),
+                lambda seed: hostile.poisoned(self.load(seed), attack),
+            )
         with metered.meter if metered else Meter(DeviceProfile.load("unknown-linux")) as meter:
-            self.agents[name] = Agent(
+            self.agents[name] = hostile.agent_of(attack)(
                 settings,
                 transport=self.dial(name, will),
                 meter=meter,
                 profile="unknown-linux",
                 threads=self.threads,
-                load_data=lambda: self.load(seed),
+                load_data=lambda: data(seed),
                 retry_s=0.05,
-                carry_out=metered.carry_out if metered else self.carry_out.get(name),
+                carry_out=carry_out,
                 utc=self.utc.get(name, time.time),
                 limits=limits(meter, settings.vault) if limits else None,
                 conditions=Conditions(self.conditions) if self.conditions else None,

@@ -66,6 +66,10 @@ class RoundRecord:
     """By agent: with what ease it is asked, as `coordinator.easing.Ease`; most rounds have none."""
     skipped: Json = field(default_factory=dict)
     """By agent: why it was left out when the round was opened."""
+    absorbed: tuple[str, ...] | None = None
+    """Whose own updates the state after it was made of; `None` while it is open, or where nobody noted it."""
+    late: tuple[tuple[int, str], ...] = ()
+    """Updates of earlier rounds that it was made of as well: round and agent."""
 
     @property
     def seconds(self) -> float | None:

@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
 from coordinator.store.plugs import PlugVerbs
+from coordinator.store.quarantine import Quarantine
 from coordinator.store.records import (
     RUN_STATES,
     AgentRecord,
@@ -45,6 +46,7 @@ from foundation.messages import AgentCard, Json
 
 M = TypeVar("M", bound=BaseModel)
 
+QUARANTINE = "quarantine"
 STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
@@ -52,9 +54,12 @@ STATES_KEPT = 2
 class Store(PlugVerbs):
     """Runs, agents, rounds, updates, refusals, artifacts, events and plugs of one coordinator."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, blobs: Blobs, clock: Callable[[], float], quarantine: Quarantine
+    ) -> None:
         self._engine = engine
         self._blobs = blobs
+        self.quarantine = quarantine
         self._clock = clock
         self._writer = threading.Lock()
 
@@ -69,7 +74,7 @@ class Store(PlugVerbs):
         except OSError as error:
             raise StoreError(f"the store's folder {folder} cannot be made: {error}") from error
         blobs = Blobs(folder / "blobs")
-        store = cls(schema.open_engine(folder), blobs, clock)
+        store = cls(schema.open_engine(folder), blobs, clock, Quarantine(folder / QUARANTINE, clock))
         store.sweep()
         return store
 
@@ -79,7 +84,8 @@ class Store(PlugVerbs):
 
         Verbs that write fail. Raises `StoreError` when there is no store, or one of another revision.
         """
-        return cls(schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False), time.time)
+        engine, blobs = schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False)
+        return cls(engine, blobs, time.time, Quarantine(folder / QUARANTINE, time.time))
 
     def close(self) -> None:
         """Close all connections; a second call does nothing."""
@@ -261,13 +267,16 @@ class Store(PlugVerbs):
         metrics: Json,
         *,
         absorbed: Collection[str] | None = None,
+        late: Collection[tuple[int, str]] = (),
+        refused: Collection[tuple[int, str]] = (),
     ) -> None:
         """Close an open round, with the state that came of it where there is one: both or neither.
 
-        Without a state, `absorbed` (the agents whose updates made it) and their frames are what it can be
-        made of again, until `save_state`; the frames of others are let go. Closing a closed round again with
-        the same state does nothing. Raises `StoreError` when the round was never opened, or was closed with
-        another state.
+        Without a state, `absorbed` (the agents whose updates made it), `late` (updates of earlier rounds that
+        did too, by round and agent) and their frames are what it can be made of again, until `save_state`;
+        the frames of others, and those of earlier rounds that were `refused` in it, are let go. Closing a
+        closed round again with the same state does nothing. Raises `StoreError` when the round was never
+        opened, or was closed with another state.
         """
         released: list[str] = []
         with self._writing() as connection:
@@ -282,7 +291,12 @@ class Store(PlugVerbs):
                 return
             if absorbed is not None:
                 released += _let_go_of_others(connection, run, round, absorbed)
-            _close(connection, run, round, dumps(metrics), self._clock())
+                for number, agent in refused:
+                    released += _let_go(connection, run, number, agent)
+            journal = loads(row.agents_json)
+            if absorbed is not None:
+                journal |= {"absorbed": sorted(absorbed), "late": [list(one) for one in sorted(late)]}
+            _close(connection, run, round, dumps(metrics), dumps(journal), self._clock())
             if digest is not None:
                 released += _keep_state(connection, run, round, digest)
         self._discard(released)
@@ -398,8 +412,22 @@ class Store(PlugVerbs):
             count = sa.select(sa.func.count()).select_from(table).where(table.c.run == run)
             return int(connection.execute(count).scalar_one())
 
-    def drop_frames(self, run: str, before_round: int) -> int:
-        """Release the frames of all closed rounds below `before_round`; summaries stay. Returns how many."""
+    def late_updates(self, run: str, after: int) -> list[tuple[int, str]]:
+        """Return the updates that came after their round was closed, and no round was made of so far.
+
+        Of rounds above `after`; by round and agent.
+        """
+        with self._reading() as connection:
+            last = connection.execute(
+                sa.select(sa.func.max(schema.rounds.c.round)).where(schema.rounds.c.run == run)
+            ).scalar()
+            return sorted(_waiting(connection, run, last or 0, after))
+
+    def drop_frames(self, run: str, before_round: int, *, late_after: int | None = None) -> int:
+        """Release the frames of all closed rounds below `before_round`; summaries stay. Returns how many.
+
+        Those of rounds above `late_after` stay that came late and no round up to `before_round` was made of.
+        """
         table = schema.updates
         closed = sa.select(schema.rounds.c.round).where(
             schema.rounds.c.run == run,
@@ -408,10 +436,13 @@ class Store(PlugVerbs):
         )
         where = (table.c.run == run) & table.c.round.in_(closed) & table.c.frame_sha256.is_not(None)
         with self._writing() as connection:
-            frames = list(connection.execute(sa.select(table.c.frame_sha256).where(where)).scalars())
-            connection.execute(sa.update(table).where(where).values(frame_sha256=None))
-        self._discard(frames)
-        return len(frames)
+            kept = set() if late_after is None else _waiting(connection, run, before_round, late_after)
+            found = connection.execute(sa.select(table).where(where)).all()
+            gone = [row for row in found if (row.round, row.agent) not in kept]
+            for row in gone:
+                _let_go(connection, run, row.round, row.agent)
+        self._discard([row.frame_sha256 for row in gone])
+        return len(gone)
 
     # Refusals, artifacts, events
 
@@ -555,12 +586,12 @@ def _as_store_errors() -> Iterator[None]:
         raise StoreError(f"the store failed: {error}") from error
 
 
-def _close(connection: Connection, run: str, round: int, metrics: str, now: float) -> None:
+def _close(connection: Connection, run: str, round: int, metrics: str, agents: str, now: float) -> None:
     rounds = schema.rounds
     connection.execute(
         sa.update(rounds)
         .where(rounds.c.run == run, rounds.c.round == round)
-        .values(state="closed", closed=now, metrics_json=metrics)
+        .values(state="closed", closed=now, metrics_json=metrics, agents_json=agents)
     )
 
 
@@ -576,6 +607,31 @@ def _let_go_of_others(connection: Connection, run: str, round: int, agents: Coll
     frames = list(connection.execute(sa.select(table.c.frame_sha256).where(where)).scalars())
     connection.execute(sa.update(table).where(where).values(frame_sha256=None))
     return frames
+
+
+def _let_go(connection: Connection, run: str, round: int, agent: str) -> list[str]:
+    """Forget the frame of one update, and return its digest."""
+    table = schema.updates
+    where = (table.c.run == run) & (table.c.round == round) & (table.c.agent == agent)
+    row = connection.execute(sa.select(table.c.frame_sha256).where(where)).first()
+    connection.execute(sa.update(table).where(where).values(frame_sha256=None))
+    return [] if row is None or row.frame_sha256 is None else [row.frame_sha256]
+
+
+def _waiting(connection: Connection, run: str, before: int, after: int = 0) -> set[tuple[int, str]]:
+    """Return updates of closed rounds above `after` that no closed round up to `before` was made of."""
+    rounds, updates = schema.rounds, schema.updates
+    closed = [
+        _round(row)
+        for row in connection.execute(
+            sa.select(rounds).where(rounds.c.run == run, rounds.c.state == "closed", rounds.c.round > after)
+        )
+    ]
+    own = {record.round: record.absorbed for record in closed if record.absorbed is not None}
+    merged = {one for record in closed if record.round <= before for one in record.late}
+    where = (updates.c.run == run) & updates.c.round.in_(own) & updates.c.frame_sha256.is_not(None)
+    found = connection.execute(sa.select(updates.c.round, updates.c.agent).where(where))
+    return {(r, a) for r, a in found if a not in (own[r] or ()) and (r, a) not in merged}
 
 
 def _keep_state(connection: Connection, run: str, round: int, digest: str) -> list[str]:
@@ -651,6 +707,8 @@ def _round(row: Row[tuple[object, ...]]) -> RoundRecord:
         agents=tuple(asked["agents"]),
         eased=asked.get("eased", {}),  # a round of an earlier version has neither
         skipped=asked.get("skipped", {}),
+        absorbed=None if "absorbed" not in asked else tuple(asked["absorbed"]),
+        late=tuple((int(number), str(agent)) for number, agent in asked.get("late", [])),
         deadline=row.deadline,
         opened=_when(row.opened),
         closed=None if row.closed is None else _when(row.closed),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,7 +24,7 @@ from coordinator.strategies.base import RoundContext, State, Strategy
 from coordinator.wireless import Allocation, Device, allocate, reachable_s
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Assignment, Update
-from foundation.parameters import EVERYTHING, WEIGHTS, Array, Parameters, Role
+from foundation.parameters import EVERYTHING, WEIGHTS, Array, Parameters, Role, role_of
 from foundation.spec import ModelSpec
 from foundation.work import ImportancePruning, LocalWork, Phase
 
@@ -37,6 +37,8 @@ ASKED_AGAIN = 5
 
 class AdaptivePruning(Strategy):
     """Head personal, FFL units averaged over those who kept them, the rest averaged over all."""
+
+    mergeable: ClassVar[bool] = True
 
     head_epochs: int = Field(1, ge=0, le=1000)
     """Epochs of the personal phase, before the shared one."""
@@ -127,6 +129,10 @@ class AdaptivePruning(Strategy):
                 known = private.get(update.agent, Parameters())
                 private[update.agent] = known.updated(measured(update, state))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), private)
+
+    def pools(self, name: str) -> bool:
+        """Average the shared part."""
+        return role_of(name) in SHARED
 
     def personal(self, state: State, agent: str) -> Parameters:
         """Return the shared part: the same for everybody."""

@@ -112,6 +112,10 @@ class Strategy(Frozen, ABC):
     unequal: ClassVar[bool] = False
     """Whether agents may differ in model and data; then only the size of theirs is known here."""
 
+    mergeable: ClassVar[bool] = False
+    """Whether an update of an earlier round can be merged with less weight. What an average absorbs can be;
+    what a hypernetwork generated from other parameters cannot, as its gradient is of another place."""
+
     epochs: int = Field(2, ge=0, le=1000)
     """Local epochs a round."""
     learning_rate: float = Field(1.5e-3, gt=0)
@@ -143,6 +147,14 @@ class Strategy(Frozen, ABC):
     @abstractmethod
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
         """Return the state after a round."""
+
+    def pools(self, name: str) -> bool:
+        """Whether the array of that name is averaged over devices; others are for one device alone."""
+        return False
+
+    def pulls(self, state: State, updates: Sequence[Update]) -> Mapping[str, float]:
+        """Return by agent how hard its update pulls at what a hypernetwork shares: a gradient's norm."""
+        return {}
 
     @abstractmethod
     def personal(self, state: State, agent: str) -> Parameters:

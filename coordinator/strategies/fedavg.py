@@ -11,12 +11,13 @@ from typing import ClassVar
 from coordinator.aggregate import in_order, shares_of, weighted_mean
 from coordinator.strategies.base import RoundContext, State, Strategy
 from foundation.messages import AgentCard, Assignment, Update
-from foundation.parameters import WEIGHTS, Parameters, Role
+from foundation.parameters import WEIGHTS, Parameters, Role, role_of
 
 
 class FedAvg(Strategy):
     """One phase over all roles; everything shared is averaged."""
 
+    mergeable: ClassVar[bool] = True
     shared: ClassVar[frozenset[Role]] = WEIGHTS
     """Roles that travel and are averaged; the others stay on their device."""
 
@@ -42,6 +43,10 @@ class FedAvg(Strategy):
             return State(state.round + 1, state.shared, state.private)
         mean = weighted_mean([u.parameters.only(self.shared) for u in updates], shares_of(updates))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
+
+    def pools(self, name: str) -> bool:
+        """Average all that is shared."""
+        return role_of(name) in self.shared
 
     def personal(self, state: State, agent: str) -> Parameters:
         """Return the mean: everybody gets the same."""

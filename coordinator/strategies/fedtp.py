@@ -9,7 +9,7 @@ coordinator/hypernet.py), and that a newcomer finds its embedding on the device,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +19,7 @@ from coordinator.aggregate import in_order, shares_of, weighted_mean
 from coordinator.hypernet import Adam, Shape
 from coordinator.strategies.base import RoundContext, State, Strategy
 from foundation.messages import AgentCard, Assignment, Update
-from foundation.parameters import WEIGHTS, Array, Parameters, Role
+from foundation.parameters import WEIGHTS, Array, Parameters, Role, role_of
 from foundation.work import EmbeddingFit, LocalWork, Phase, Term
 
 ATTENTION = frozenset({Role.ATTENTION})
@@ -101,6 +101,21 @@ class FedTP(Strategy):
             state = self._pulled_back(state, updates) if self.learns() else state
             state = State(state.round, state.shared.updated(mean.prefixed("model/")), state.private)
         return State(state.round + 1, state.shared, state.private)
+
+    def pools(self, name: str) -> bool:
+        """Average what is not generated; that is each device's own."""
+        return role_of(name) in self.averaged()
+
+    def pulls(self, state: State, updates: Sequence[Update]) -> Mapping[str, float]:
+        """Return how hard each device pulls at the hypernetwork, its embedding left out."""
+        network, found = state.shared.under("hypernet/"), {}
+        for update in updates:
+            change = update.parameters.only(self.generated())
+            if change and self.learns():
+                row = state.private[update.agent]["embedding"][None]
+                gradient, _ = hypernet.pull_back(network, row, [change], [1.0])
+                found[update.agent] = hypernet.norm(gradient)
+        return found
 
     def personal(self, state: State, agent: str) -> Parameters:
         """Return the mean with what is generated for this agent on top."""

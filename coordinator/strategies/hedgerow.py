@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -52,6 +52,8 @@ Gate = Annotated[float, Field(ge=0, le=1)]
 
 class Hedgerow(Strategy):
     """Average, keep, mix by gates; prune; train little and send few bits."""
+
+    mergeable: ClassVar[bool] = True
 
     epochs: int = Field(2, ge=0, le=1000)
     first_epochs: int = Field(1, ge=0, le=1000)
@@ -163,6 +165,10 @@ class Hedgerow(Strategy):
             shared = shared.updated(change.prefixed("velocity/"))
         descended = Parameters((name, model[name] - step) for name, step in change.items())
         return State(state.round + 1, shared.updated(descended.prefixed("model/")), state.private)
+
+    def pools(self, name: str) -> bool:
+        """Average all that comes; a residual then learns nothing from what a rule made one of."""
+        return True
 
     def _known(self, known: Parameters, update: Update, state: State) -> Parameters:
         """Return what is known of an agent after its update: whether it rests, and what its round took."""

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from coordinator import multihead
+from coordinator import hypernet, multihead
 from coordinator.aggregate import in_order, shares_of, weighted_mean
 from coordinator.hypernet import Adam
 from coordinator.multihead import Member, Sizes
@@ -120,6 +120,19 @@ class MhPFedHN(Strategy):
                 members, changes, shares = [*members, _pupil(state)], [*changes, lesson], [*shares, 1.0]
             state = self._pulled_back(state, [u.agent for u in updates], members, changes, shares)
         return State(state.round + 1, state.shared, state.private)
+
+    def pools(self, name: str) -> bool:
+        """Average the teacher's change; vectors are each device's own."""
+        return name.startswith(TEACHER)
+
+    def pulls(self, state: State, updates: Sequence[Update]) -> Mapping[str, float]:
+        """Return how hard each device pulls at trunk and head, its embeddings left out."""
+        network, found = state.shared.under("hypernet/"), {}
+        for update in updates:
+            member, change = self._member(state, update.agent), update.parameters["flat"]
+            gradient, _ = multihead.pull_back(self._sizes, network, [member], [change], [1.0])
+            found[update.agent] = hypernet.norm(gradient)
+        return found
 
     def personal(self, state: State, agent: str) -> Parameters:
         """Return the vector of this agent; what comes with it of the teacher is not its own."""

@@ -17,7 +17,7 @@ from coordinator.aggregate import mean_of_keepers, shares_of, weighted_mean
 from coordinator.strategies.base import RoundContext, State, Strategy
 from coordinator.strategies.fedtp import ATTENTION, FedTP
 from foundation.messages import Update
-from foundation.parameters import EVERYTHING, Parameters, Role
+from foundation.parameters import EVERYTHING, Parameters, Role, role_of
 from foundation.work import LocalWork, Phase, Term, ThresholdPruning
 
 FFL = frozenset({Role.FFL})
@@ -72,6 +72,10 @@ class PflTpp(FedTP):
     def first_terms(self) -> tuple[Term, ...]:
         """Let a newcomer begin with the units that the mean thresholds leave, and cut none itself."""
         return (self._pruning(active=False),)
+
+    def pools(self, name: str) -> bool:
+        """Average thresholds as well."""
+        return role_of(name) in self.averaged() | THRESHOLD
 
     def mean(self, state: State, updates: Sequence[Update]) -> Parameters:
         """Return means of thresholds and the rest, and of FFLs by their policy."""

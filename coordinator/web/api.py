@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from coordinator.ledger.entries import read
 from coordinator.ledger.report import EnergyReport, energy_report
 from coordinator.live import AgentStatus, Live, Status
+from coordinator.store.quarantine import Case
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web.models import (
@@ -184,6 +185,14 @@ def _add_lists(router: APIRouter, store: Store) -> None:
         """Return refusals, oldest first."""
         found = [RefusalView.of(r) for r in store.refusals(run, after_id=after, limit=limit + 1)]
         return _page(found, limit, lambda refusal: str(refusal.id))
+
+    @router.get(PREFIX + "/quarantine", tags=["runs"], responses=_problems(422))
+    def quarantine(run: str | None = None, limit: Limit = 100, after: After = None) -> Page[Case]:
+        """Return updates that were kept apart and not merged, newest first."""
+        found = store.quarantine.cases(run)
+        ids = [case.id for case in found]
+        start = ids.index(after) + 1 if after in ids else 0
+        return _page(found[start:], limit, lambda case: case.id)
 
 
 def _add_control(

@@ -290,6 +290,7 @@ async def test_openapi_tells_of_every_route(house: House) -> None:
         "/api/v1/runs/{run}/stop",
         "/api/v1/artifacts",
         "/api/v1/refusals",
+        "/api/v1/quarantine",
         "/api/v1/events",
         "/healthz",
     } == set(told["paths"])

@@ -176,3 +176,63 @@ def test_the_layout_is_what_the_work_sends_back() -> None:
     assert expected_layout(asked("local")[0]) == ()
     assert SPEC.layout  # the layouts above were not empty for want of a model
     assert Role.HEAD in {role_of(n) for n, _ in expected_layout(asked("fedavg")[0])}
+
+
+async def test_after_the_soft_deadline_the_quorum_suffices() -> None:
+    around = Surroundings()
+    assignments = asked()
+    collector = Collector(
+        assignments,
+        quorum=0.5,
+        deadline=100.0,
+        grace_s=10.0,
+        silent_for=around.silent.get,
+        clock=lambda: around.now,
+        soft=20.0,
+    )
+    around.now = 30.0
+    waiting = asyncio.create_task(collector.wait())
+    collector.add(answer(assignments[0]))
+    await asyncio.sleep(0)
+    assert not waiting.done(), "one of three is no quorum"
+    collector.add(answer(assignments[1]))
+    assert [u.agent for u in await waiting] == ["d0", "d1"]
+
+
+async def test_a_full_buffer_closes_the_round_whosever_updates_fill_it() -> None:
+    around, assignments = Surroundings(), asked()
+    at_work = ["d9"]
+    collector = Collector(
+        assignments,
+        quorum=1.0,
+        deadline=100.0,
+        grace_s=10.0,
+        silent_for=around.silent.get,
+        clock=lambda: around.now,
+        buffer=2,
+        others=lambda: at_work,
+    )
+    waiting = asyncio.create_task(collector.wait())
+    collector.add(answer(assignments[0]))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    collector.add_late(answer(assignments[1]).model_copy(update={"agent": "d9"}))
+    assert [u.agent for u in await waiting] == ["d0"]
+    assert [*collector.late] == [(1, "d9")]
+
+
+async def test_a_buffer_nobody_can_fill_any_more_does_not_wait() -> None:
+    around, assignments = Surroundings(), asked()
+    collector = Collector(
+        assignments,
+        quorum=1.0,
+        deadline=100.0,
+        grace_s=10.0,
+        silent_for=around.silent.get,
+        clock=lambda: around.now,
+        buffer=9,
+    )
+    collector.add(answer(assignments[0]))
+    collector.refuse("d1", "no")
+    around.silent["d2"] = 11.0
+    assert [u.agent for u in await collector.wait()] == ["d0"]
