@@ -28,8 +28,8 @@ class Device:
     """The device behind the plug."""
 
     def __init__(self, idle_w: float, full_w: float, seed: int, busy: Path | None = None) -> None:
-        """Follow the machine, or the CPU seconds that stand in a file."""
-        self._busy = _busy_s if busy is None else lambda: float(busy.read_text())
+        """Follow the machine, or a file: a time, CPU seconds until then, and how many a second since."""
+        self._busy = _busy_s if busy is None else lambda: _told_s(busy)
         self.idle_w, self.full_w = idle_w, full_w
         self.watts, self.joules = idle_w, 1e6
         self._rng = random.Random(seed)
@@ -37,6 +37,7 @@ class Device:
 
     def step(self) -> None:
         now_s, busy_s = time.monotonic(), self._busy()
+        busy_s = max(busy_s, self._busy_s)  # what was told ahead of a load's end is not taken back
         seconds = now_s - self._time_s
         share = (busy_s - self._busy_s) / (CORES * seconds)
         self.watts = (self.idle_w + (self.full_w - self.idle_w) * share) * self._rng.gauss(1, 0.01)
@@ -66,6 +67,11 @@ def _busy_s() -> float:
     busy_s = machine_busy_seconds()
     assert busy_s is not None
     return busy_s
+
+
+def _told_s(file: Path) -> float:
+    then_s, seconds, rate = map(float, file.read_text().split())
+    return seconds + rate * (time.monotonic() - then_s)
 
 
 def tasmota(watts: float, joules: float) -> dict[str, object]:

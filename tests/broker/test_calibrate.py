@@ -137,9 +137,10 @@ def busy():
     global then_s, seconds
     with lock:
         now_s = time.monotonic()
-        seconds += sum(map(cores, me.children())) * (now_s - then_s)
+        rate = sum(map(cores, me.children()))
+        seconds += rate * (now_s - then_s)
         then_s = now_s
-        file.with_name("new").write_text(str(seconds))
+        file.with_name("new").write_text(f"{then_s} {seconds} {rate}")
         file.with_name("new").replace(file)
         return seconds
 
@@ -155,13 +156,13 @@ def test_a_known_power_model_is_recovered(
 ) -> None:
     """In short holds, with watts that follow the loads that run."""
     busy = tmp_path / "busy"
-    busy.write_text("0.0")
+    busy.write_text("0 0 0")
     heard, out = (
         plug("shelly", "shellyplusplugs-1", "--busy", str(busy)),
         tmp_path / "calibration" / "pi.toml",
     )
     program = [sys.executable, "-c", LOADS_ALONE, str(busy)]
-    arguments = ["--quick", "--settle", "0.15", "--hold", "1"]
+    arguments = ["--quick", "--settle", "0.1", "--hold", "1"]
     calibrated(program, "shelly:shellyplusplugs-1", arguments, 8, settings, out, heard)
     profile = DeviceProfile.load("unknown-linux").calibrated(read_calibration(out))
     assert profile.model is not None
