@@ -27,7 +27,7 @@ from foundation.timing import Timing
 from tests.broker.conftest import ONE
 from tests.broker.test_federation import mqtt
 from tests.fleet import Fleet, fleet, run_settings
-from tests.processes import until
+from tests.processes import AGENTS, Processes, until
 from tests.scripted_plug import ramp_joules
 
 pytestmark = [pytest.mark.anyio, pytest.mark.broker, pytest.mark.slow]
@@ -83,6 +83,31 @@ def records(store: Store, agent: str) -> list[WallRecord]:
 def timings(store: Store, agent: str) -> list[Timing]:
     found = [update for n in (1, 2, 3) for update in store.updates("r", n) if update.agent == agent]
     return [Timing.model_validate(update.summary["timing"]) for update in found]
+
+
+@ONE
+def test_processes_join_their_last_round_before_they_end(
+    tmp_path: Path, settings: MqttSettings, plugs: tuple[float, Callable[[str], None]]
+) -> None:
+    """`[wall]` as a person writes it; the coordinator ends with its run, a plug speaks once a second."""
+    running = Processes(tmp_path, settings.port)
+    try:
+        for agent in AGENTS:
+            running.start_agent(agent)
+        run = run_settings(name="walled", strategy="fedavg", settings={"epochs": 1}, rounds=2)
+        running.start_coordinator(run, wall={"plugs": PLUGS})
+        running.finished("walled")
+        with running.store("walled") as store:
+            joined = read(store, "walled").wall
+    finally:
+        running.close()
+    assert {(record.agent, record.round) for record in joined} == {(a, n) for a in PLUGS for n in (1, 2)}
+    last = [record for record in joined if record.round == 2]
+    for record in last:
+        assert record.clock_uncertainty_s is not None, record.why
+        assert record.clock_uncertainty_s < 0.5
+    seen = [record.reading for record in last if record.agent == "d1"]  # ten times a second
+    assert [(reading.kind, reading.joules is not None) for reading in seen] == [(Kind.MEASURED, True)]
 
 
 @ONE

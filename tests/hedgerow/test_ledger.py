@@ -76,6 +76,7 @@ def test_long_names_fit_as_well(tmp_path: Path, long: str) -> None:
             reading = told(1e7, 1e7, Kind.MEASURED, Scope.GPU_BOARD, 1e7, sensor=long)
             more = {"accuracy": 0.5, "accuracy_sent": 0.1, "wire_bytes": 10**12}
             put(store, number, long, {"train": reading, "evaluate": told(None)}, kept_units=kept, **more)
+            wall(store, number, long, 1e7, 1e7)
     said = call("--folder", tmp_path, "--radio", "0.1", "--accuracy", "0.4", "--against", "r")
     assert said.exit_code == 0, said.output
     assert max(map(len, said.output.splitlines())) <= 100
