@@ -56,7 +56,7 @@ LONGEST = {
     "operations": 320,
     "data": 180,
     "ledger": 110,
-    "architecture": 380,
+    "architecture": 440,
     "energy": 200,
     "models": 320,
     "swap": 110,
