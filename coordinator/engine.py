@@ -240,6 +240,7 @@ class Engine:
         if run.mode == "async" and not strategy.mergeable:
             raise SettingsError(f'{run.strategy} cannot merge late updates: give run.mode = "rounds"')
         self._active = run.name
+        self._busy = Busy(time.monotonic)
         self.finished.clear()
         self._run = asyncio.create_task(self._whole_run(run, course))
 

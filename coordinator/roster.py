@@ -64,6 +64,13 @@ class Roster:
             entry.set_aside = f"set aside after {entry.malformed} malformed frames; the last: {reason}"
         return entry.set_aside
 
+    def forgive(self) -> None:
+        """Forget who was far from the others, as another run begins."""
+        for entry in self.entries.values():
+            if entry.outside and entry.malformed < STRIKES:
+                entry.set_aside = None
+            entry.outside = 0
+
     def silent_for(self, agent: str) -> float:
         """Seconds since an agent was last heard."""
         return self.clock() - self.entry(agent).last_heard

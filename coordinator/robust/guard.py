@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 
 from coordinator.live import Live
 from coordinator.robust.settle import Round, judged
 from coordinator.roster import Roster
 from coordinator.settings import RunSettings
-from coordinator.store.quarantine import strikes
 from coordinator.store.sql import Store
 from coordinator.strategies.base import Strategy
+from foundation.errors import StoreError
+
+logger = logging.getLogger(__name__)
 
 HISTORY = 5
 """Earlier rounds whose sizes stand in where too few devices answered."""
@@ -28,24 +31,33 @@ class Guard:
     live: Live
 
     async def remember(self, run: str) -> None:
-        """Take up the strikes of a run that goes on: whom it asks must not depend on a restart."""
+        """Take up the strikes of a run that goes on: whom it asks must not depend on a restart.
+
+        Those of another run are over.
+        """
+        self.roster.forgive()
         cases = await asyncio.to_thread(self.store.quarantine.cases, run)
-        outside = [case for case in reversed(cases) if case.cause == "outside"]
-        for agent in strikes(outside):
-            self.roster.entry(agent).outside = 0
-        for case in outside:
-            self.roster.strike(case.agent, "outside", case.reason)
+        for case in reversed(cases):
+            if case.cause == "outside":
+                self.roster.strike(case.agent, "outside", case.reason)
 
     async def malformed(
         self, agent: str, reason: str, frame: bytes, run: str | None, round: int | None
     ) -> None:
-        """Keep a frame that could not be taken, unless its sender is set aside already."""
-        if self.roster.entry(agent).set_aside is None:
-            keep = self.store.quarantine.keep
+        """Keep a frame that could not be taken, unless its sender is set aside already.
+
+        A disk that refuses is told in the log: the frame is refused all the same.
+        """
+        if self.roster.entry(agent).set_aside is not None:
+            return
+        self.live.quarantined(agent, reason)
+        keep = self.store.quarantine.keep
+        try:
             await asyncio.to_thread(
                 keep, agent, frame, cause="malformed", reason=reason, run=run, round=round
             )
-            self.live.quarantined(agent, reason)
+        except StoreError as error:
+            logger.error("a refused update is not kept", extra={"agent": agent, "reason": str(error)})
 
     async def screened(
         self, run: RunSettings, number: int, strategy: Strategy, round: Round

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -75,7 +75,8 @@ class Quarantine:
         with self._lock:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                _write(self._folder / f"{key}.frame", frame)
+                if len(frame) <= FRAME_BYTES:
+                    _write(self._folder / f"{key}.frame", frame)
                 _write(self._folder / f"{key}.json", case.model_dump_json().encode())
                 self._trim()
             except OSError as error:
@@ -132,14 +133,6 @@ class Quarantine:
                 (self._folder / f"{case.id}{suffix}").unlink(missing_ok=True)
             except OSError as error:
                 raise StoreError(f"quarantined update {case.id} cannot be removed: {error}") from error
-
-
-def strikes(cases: Sequence[Case]) -> dict[str, int]:
-    """Return how many cases each agent has."""
-    found: dict[str, int] = {}
-    for case in cases:
-        found[case.agent] = found.get(case.agent, 0) + 1
-    return found
 
 
 def _write(path: Path, body: bytes) -> None:
