@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/hedgerow demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ./check

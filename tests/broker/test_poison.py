@@ -63,7 +63,7 @@ async def test_an_async_run_merges_who_was_slow(tmp_path: Path, kind: str) -> No
             mqtt(MqttSettings.from_url(broker.url)),
             run,
             toy_data,
-            work={name: gates.work(name) for name in ("d0", "d1", "d2")},
+            carry_out={name: gates.work(name) for name in ("d0", "d1", "d2")},
         )
         try:
             for name in ("coordinator", "d0", "d1", "d2"):

@@ -1,4 +1,4 @@
-"""The broker of docs/operations.md, as it is written there: certificates, users, access list, queues."""
+"""The broker that docs/fleet.md sets up by hand, as it is written there: certificates, users, access list, queues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PASSWORD = "a password"
 def page(language: str, first: str) -> str:
     """The block of the page that begins with these words, for a broker called localhost."""
     (text,) = [
-        b.text for b in blocks(language) if b.page == "docs/operations.md" and b.text.startswith(first)
+        b.text for b in blocks(language) if b.page == "docs/fleet.md" and b.text.startswith(first)
     ]
     return text.replace("laptop.lan", "localhost")
 
