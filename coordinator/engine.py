@@ -37,6 +37,7 @@ from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State, Strategy, load_strategy
 from coordinator.web.models import StartRun
+from foundation import halt
 from foundation.codec import frame_of, update_from
 from foundation.errors import (
     DeliveryFailed,
@@ -394,6 +395,7 @@ class Engine:
 
     async def _snapshot(self, run: RunSettings, state: State) -> None:
         """Keep the state and let go of what it was made of; a round goes on meanwhile."""
+        halt.at("snapshot", state.round)
         data = await asyncio.to_thread(state.to_bytes)
         await asyncio.to_thread(self.store.save_state, run.name, state.round, data)
         late_after = None if run.staleness is None else state.round - run.stale_rounds - 1
@@ -425,6 +427,7 @@ class Engine:
         asks = partial(self._asks, course, strategy, state, number)
         collected, late = await self._collect(run, number, assignments, opened, strategy, asks)
         self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(collected) + len(late)})
+        halt.at("absorb", number)
         more = await asks([update.agent for update in late])
         answers = Round.of([*more, *assignments], [*collected, *late], number, run.staleness)
         answers, found = await self._guard.screened(run, number, strategy, answers)
@@ -558,6 +561,7 @@ class Engine:
         async with self._opened:
             self._open = here
             self._opened.notify_all()
+        halt.at("offer", number)
         try:
             for agent in collector.outstanding:
                 self._send(agent)

@@ -43,6 +43,7 @@ from edge_agent.traffic import InterfaceMeter
 from edge_agent.vault import Outgoing, Personal, Vault
 from edge_agent.yielding import Yielding
 from export.folder import CURRENT, linked
+from foundation import halt
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
 from foundation.energy import EnergyReading, Kind, Stage, total
@@ -117,6 +118,8 @@ class _Hooks:
 
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
         """Open a stage of the meter."""
+        if stage is Stage.PRUNE:
+            halt.at("prune", self.standing.round)
         self.standing.stage = stage if stage is not Stage.PRUNE else self.standing.stage
         return self.meter.stage(stage)
 
@@ -138,6 +141,7 @@ class _Hooks:
     def save(self, checkpoint: trainer_module.Checkpoint) -> None:
         """Keep a checkpoint."""
         self.vault.save_checkpoint(checkpoint.arrays, checkpoint.counters)
+        halt.at("train", self.standing.round)
 
     def load(self) -> trainer_module.Checkpoint | None:
         """Return the checkpoint of the work in hand."""
@@ -459,6 +463,7 @@ class Agent:
         now = self._current.key if self._current is not None else None
         if now is not None and now[0] == job.key[0] and now[1] >= job.key[1]:
             return  # in hand already, or a straggler of a round that is over
+        halt.at("download", assignment.round)
         await asyncio.to_thread(self.vault.receive, frame)
         self._clock.wake()
         self._call_off()
@@ -705,6 +710,7 @@ class Agent:
     def _export(self, model: LastModel, data: LocalData) -> Manifest:
         self.standing.stage = Stage.EXPORT
         part = data.validation
+        halt.at("export", model.facts.round)
         with self.meter.stage(Stage.EXPORT):
             # First the samples, then the model: whoever finds the model finds what to compare it on.
             found = canary.choose(data, self.settings.serve.canary)
@@ -733,6 +739,7 @@ class Agent:
 
     async def _deliver_one(self, outgoing: Outgoing) -> None:
         facts = {"run": outgoing.run, "round": outgoing.round}
+        halt.at("upload", outgoing.round)
         try:
             with self.meter.stage(Stage.SEND):
                 self.standing.stage = Stage.SEND
