@@ -1,8 +1,8 @@
 """Named points at which a process stops itself, so that it can be killed right there; off by default.
 
-Only for tests of faults (`hedgerow doctor --chaos`). `HEDGEROW_HALT` in the environment names a folder. A file
-`STAGE-ROUND` in it makes the process that comes to that point of that round write its pid into it, rename it to
-`STAGE-ROUND.reached` and stop (SIGSTOP) until it is killed or gets SIGCONT. Each file works once.
+Only for tests of faults (`hedgerow doctor --chaos`). `HEDGEROW_HALT` in the environment names a folder. A
+file `STAGE-ROUND` in it makes the process that comes to that point of that round write its pid into it, call
+it `STAGE-ROUND.reached` and stop (SIGSTOP) until it is killed or gets SIGCONT. Each file works once.
 """
 
 from __future__ import annotations

@@ -21,11 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from foundation.errors import HedgerowError, SettingsError
-from foundation.topics import checked_name
 from hedgerow.broker import find_broker
 from hedgerow.chaos_bed import RUN_S, VICTIM, Bed
 from hedgerow.chaos_check import CLOSE, Ending, distance, ending, proven
-from hedgerow.chaos_plan import QUICK_KILLS, Case, Who, plan
+from hedgerow.chaos_plan import QUICK_KILLS, Case, plan
 from hedgerow.chaos_report import Report, Result, Verdict, show
 from hedgerow.demo import broker_table, interruptible
 
@@ -64,6 +63,18 @@ class Matrix:
         self.reference: Ending | None = None
         self.reference_s = 0.0
 
+    @property
+    def bed(self) -> Bed:
+        """The bed in use; raises `HedgerowError` after a case that broke it."""
+        if self._bed is None:
+            raise HedgerowError("there is no bed: begin first")
+        return self._bed
+
+    @property
+    def run(self) -> str:
+        """Name of the last run."""
+        return f"run-{self._runs}"
+
     def close(self) -> None:
         """End every process."""
         if self._bed is not None:
@@ -73,8 +84,8 @@ class Matrix:
     def begin(self) -> None:
         """Make a bed with an unbroken run; raises `HedgerowError` when even that fails.
 
-        On the first bed there are two, the second of which is the reference: agents have torch loaded then, and
-        it says at once whether two unbroken runs come to the same end.
+        On the first bed there are two, the second of which is the reference: agents have torch loaded then,
+        and it says at once whether two unbroken runs come to the same end.
         """
         bed = self._fresh()
         first = self._unbroken(bed)
@@ -95,19 +106,11 @@ class Matrix:
         bed.start_run(run)
         bed.until(bed.over, "the unbroken run ended", RUN_S)
         self.reference_s = time.monotonic() - started
-        return self._ended(bed, run)
+        return ending(bed, run)
 
     def _name(self) -> str:
         self._runs += 1
-        return f"run-{self._runs}"
-
-    def _ended(self, bed: Bed, run: str) -> Ending:
-        found = ending(bed, run)
-        shutil.rmtree(bed.runs / run)
-        for agent_runs in bed.folder.glob("device-*/personal"):
-            for old in agent_runs.iterdir():
-                shutil.rmtree(old)  # of a run that is over and compared
-        return found
+        return self.run
 
     def result(self, case: Case) -> Result:
         """Run one case; an end that is not whole is a verdict, not an error."""
@@ -118,9 +121,8 @@ class Matrix:
             if self._bed is None:
                 self.begin()
             hit = self._killed(case)
-            assert self._bed is not None
             assert self.reference is not None
-            far = distance(self._ended(self._bed, f"run-{self._runs}"), self.reference)
+            far = distance(ending(self.bed, self.run), self.reference)
             largest, where = far.largest, far.where
             verdict = "same" if far.bits else "close" if far.largest <= CLOSE else "differs"
         except HedgerowError as error:
@@ -143,8 +145,7 @@ class Matrix:
 
     def _killed(self, case: Case) -> bool:
         """Run a case to the end of its coordinator; returns whether all that was to be killed was there."""
-        bed, run = self._bed, self._name()
-        assert bed is not None
+        bed, run = self.bed, self._name()
         if "serving" in case.who or case.stage == "swap":
             bed.until(lambda: bed.served() is not None, f"{VICTIM} answered")
         reached = bed.arm(case.stage) if case.stage else None
@@ -157,7 +158,9 @@ class Matrix:
             assert case.instant is not None
             moment = started + case.instant * self.reference_s
             bed.until(lambda: time.monotonic() >= moment, "its moment came", RUN_S)
-        hit = all([_kill(bed, who) for who in case.who])
+        # The serving process first: it dies with its agent.
+        there = [bed.kill(who) for who in sorted(case.who, key=lambda who: who != "serving")]
+        proven(bed, VICTIM)  # what the device has at that moment
         if stands is not None:
             with suppress(ProcessLookupError):  # it was the one that was killed
                 os.kill(stands, signal.SIGCONT)
@@ -165,14 +168,7 @@ class Matrix:
         for who in sorted(case.who, key=lambda who: who != "broker"):
             bed.start_again(who)
         bed.until(bed.over, "the run ended", RUN_S)
-        return hit
-
-
-def _kill(bed: Bed, who: Who) -> bool:
-    """Kill a process, and prove the model that the device has at that moment."""
-    there = bed.kill(who)
-    proven(bed, VICTIM)
-    return there
+        return all(there)
 
 
 def run_matrix(
@@ -216,7 +212,6 @@ def _report(options: ChaosOptions, console: Console, stack: ExitStack) -> Report
     cases = options.cases()
     kept = options.logs is not None
     folder = options.logs or Path(tempfile.mkdtemp(prefix="hedgerow-chaos-"))
-    checked_name(f"chaos-{os.getpid()}", "federation")
     program = find_broker()
     broker = options.broker or (program.name if program else "none")
     matrix = Matrix(folder.resolve(), options.broker, options.seed)
@@ -237,7 +232,11 @@ def _report(options: ChaosOptions, console: Console, stack: ExitStack) -> Report
         results = run_matrix(matrix, cases, tell)
     matrix.close()
     report = Report(
-        broker=broker, seed=options.seed, reference_s=matrix.reference_s, results=tuple(results), logs=str(folder)
+        broker=broker,
+        seed=options.seed,
+        reference_s=matrix.reference_s,
+        results=tuple(results),
+        logs=str(folder),
     )
     if report.good and not kept:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,23 +1,21 @@
-"""The testbed of the kill matrix: broker, coordinator, agents and a serving process, killed and started again."""
+"""The testbed of the kill matrix: broker, coordinator, agents, a serving process; killed, started again."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sqlite3
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from coordinator.store.schema import FILE
 from foundation import halt
 from foundation.errors import HedgerowError
 from hedgerow.broker import EmbeddedBroker
@@ -40,7 +38,7 @@ class Bed:
     """A federation whose agents live from run to run, as on devices, and whose coordinator lives for one."""
 
     def __init__(self, folder: Path, broker: str | None, seed: int = 0) -> None:
-        """Prepare a bed in `folder`; without the URL of a `broker` it has one of its own, to be killed too."""
+        """Prepare a bed in `folder`; without a `broker` (a URL) it has its own, to be killed too."""
         self.folder, self.seed = folder, seed
         folder.mkdir(parents=True, exist_ok=True)
         self.own = EmbeddedBroker(folder / "broker") if broker is None else None
@@ -102,7 +100,7 @@ class Bed:
     def _start_coordinator(self) -> None:
         table: dict[str, Any] = {
             "federation": self._federation,
-            "folder": str(self.runs / self._run),
+            "folder": str(self.store),
             "exit_when_done": True,
             "http": {"enabled": False},
             "mqtt": broker_table(str(self._url)),
@@ -212,24 +210,13 @@ class Bed:
     # --- the run -------------------------------------------------------------------------------
 
     @property
-    def runs(self) -> Path:
-        """Where coordinators have their folders."""
-        return self.folder / "runs"
+    def store(self) -> Path:
+        """The coordinator's folder; all runs of a bed are in it, as on a coordinator that is used."""
+        return self.folder / "coordinator"
 
     def vault(self, name: str) -> Path:
         """Return an agent's vault."""
         return self.folder / name
-
-    def opened(self) -> bool:
-        """Whether the run's first round is open."""
-        file = self.runs / self._run / FILE
-        if not file.exists():
-            return False
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5)) as db:
-            try:
-                return bool(db.execute("select 1 from rounds where run = ?", (self._run,)).fetchall())
-            except sqlite3.OperationalError:
-                return False  # its tables are not made yet
 
     def over(self) -> bool:
         """Whether the run's coordinator has come to its end."""

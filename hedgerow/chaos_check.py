@@ -60,7 +60,7 @@ def proven(bed: Bed, agent: str) -> tuple[Manifest, Probe]:
 
 def _counted(bed: Bed, run: str) -> bytes:
     """Return the last state of a run in which every update was counted once; raises `HedgerowError`."""
-    with Store.open(bed.runs / run) as store:
+    with Store.open(bed.store) as store:
         told = Counter((e.round, e.agent) for e in store.latest_events(1000, run) if e.kind == "update")
         rounds = store.rounds(run)
         if [(r.round, r.state) for r in rounds] != [(n, "closed") for n in range(1, ROUNDS + 1)]:
