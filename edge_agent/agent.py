@@ -8,6 +8,7 @@ process died is finished by the next one. torch is loaded with the first assignm
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import logging
 import os
@@ -40,7 +41,7 @@ from edge_agent.serving.live import Live, followed
 from edge_agent.serving.loopback import Loopback
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
-from edge_agent.vault import Outgoing, Personal, Vault
+from edge_agent.vault import Outgoing, Personal, Vault, full
 from edge_agent.yielding import Yielding
 from export.folder import CURRENT, linked
 from foundation import halt
@@ -85,6 +86,8 @@ IDLE_TELEMETRY_S = 5.0
 RETRY_S = 30.0
 LIMITS_S = 5.0
 """How often limits are looked at."""
+AGAIN_S = 1.0
+"""How long it takes a receipt to go out, and the first pause after an update that was not taken."""
 SERVING_S = 1.0
 """How often it is looked at what the server decided."""
 GOODBYE_S = 3.0
@@ -242,8 +245,11 @@ class Agent:
         self._session = uuid.uuid4().hex[:12]
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._current: _Job | None = None
+        self._asked_again: bytes | None = None
+        self._old = asyncio.Event()
         self._outbox = asyncio.Event()
         self._delivered_bytes = 0
+        self._pause_s = AGAIN_S
         self._verdicts: tuple[Verdict, ...] = ()
         self._serving_problem: str | None = None
         self._starting = asyncio.Lock()
@@ -316,6 +322,7 @@ class Agent:
                 self._watch_data,
                 self._watch_limits,
                 self._watch_serving,
+                self._ask_again,
             ):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
@@ -419,11 +426,15 @@ class Agent:
             return
         if linked(self.vault.artifacts, CURRENT) is not None:
             await self._serve()
-        again_s = 0.0
+        again_s, pause_s = 0.0, 0.0
         while True:
             await asyncio.sleep(min(SERVING_S, self._retry_s))
-            if self._serving.died and time.monotonic() >= again_s:
-                again_s = time.monotonic() + self._retry_s
+            now = time.monotonic()
+            if self._serving.died and now >= again_s:
+                # At once the first time; one that dies again and again is started less and less often.
+                steady = now - again_s > self._retry_s
+                pause_s = SERVING_S if steady else min(2 * pause_s, self._retry_s)
+                again_s = now + pause_s
                 logger.error("the server ended by itself, it is started again")
                 await self._serve()
             found = (await asyncio.to_thread(record.read, self.vault.artifacts)).verdicts
@@ -463,11 +474,46 @@ class Agent:
         now = self._current.key if self._current is not None else None
         if now is not None and now[0] == job.key[0] and now[1] >= job.key[1]:
             return  # in hand already, or a straggler of a round that is over
+        if self._is_old(frame):
+            return
         halt.at("download", assignment.round)
-        await asyncio.to_thread(self.vault.receive, frame)
+        try:
+            await asyncio.to_thread(self.vault.receive, frame)
+        except OSError as error:
+            if (why := full(error, self.vault.folder)) is None:
+                raise
+            raise WorkRefused(why) from error
         self._clock.wake()
         self._call_off()
         self._enqueue(job)
+
+    def _is_old(self, frame: bytes) -> bool:
+        """Whether this assignment was done before, and nobody has asked for it again since.
+
+        A broker that comes back with what it knew an hour ago sends again what it had not seen confirmed
+        then. Done anew, it would put an old model in the place of the current one. So the coordinator is
+        asked: it sends what it still wants to an agent that introduces itself with another session.
+        """
+        if not self.vault.is_done(frame):
+            return False
+        digest = hashlib.sha256(frame).digest()
+        if digest == self._asked_again:
+            self._asked_again = None
+            return False
+        logger.warning("an assignment that was done came again; the coordinator is asked whether it wants it")
+        self._asked_again = digest
+        self._old.set()
+        return True
+
+    async def _ask_again(self) -> None:
+        """Ask the coordinator whether it wants work that was done, once its receipt has gone out."""
+        while True:
+            await self._old.wait()
+            self._old.clear()
+            await asyncio.sleep(min(AGAIN_S, self._retry_s))
+            self._courier.forget(self._topic("assignment"))
+            self._session = uuid.uuid4().hex[:12]
+            await self._introduce()
 
     def _enqueue(self, job: _Job) -> None:
         while not self._jobs.empty():
@@ -524,7 +570,8 @@ class Agent:
                 reason = f"called off: {job.why}" if job.why else "called off"
             else:
                 logger.exception("work failed")
-                reason = f"{type(error).__name__}: {error}"
+                why = full(error, self.vault.folder) if isinstance(error, OSError) else None
+                reason = why or f"{type(error).__name__}: {error}"
         if reason is not None:
             self.vault.drop(job.frame)
             await self._refuse(job.assignment, reason)
@@ -639,7 +686,7 @@ class Agent:
             interface_sent_bytes=traffic.sent if traffic else None,
             state=self._conditions.end() if self._conditions else None,
             artifact=None if silent else artifact,
-            problem=problem,
+            problem="; ".join([*([problem] if problem else []), *self.vault.said()])[:2000] or None,
             parameters=parameters,
             masks=outcome.masks,
         )
@@ -749,10 +796,12 @@ class Agent:
         except DeliveryFailed as error:
             if not error.refused:  # the coordinator may be away: keep it and try again later
                 logger.warning("update not taken yet", extra=facts | {"reason": str(error)})
-                asyncio.get_running_loop().call_later(1.0, self._outbox.set)
+                asyncio.get_running_loop().call_later(self._pause_s, self._outbox.set)
+                self._pause_s = min(2 * self._pause_s, RETRY_S)
                 return
             logger.warning("update refused", extra=facts | {"reason": str(error)})
         else:
+            self._pause_s = AGAIN_S
             self._delivered_bytes += delivery.wire_bytes
             logger.info("update delivered", extra=facts | {"bytes": delivery.wire_bytes})
         finally:

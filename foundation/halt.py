@@ -24,5 +24,8 @@ def at(stage: str, round: int | None) -> None:
     if not asked.exists():
         return
     asked.write_text(str(os.getpid()))
-    asked.replace(asked.with_suffix(REACHED))
+    try:
+        asked.replace(asked.with_suffix(REACHED))
+    except FileNotFoundError:
+        return  # taken back at this very moment
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -6,14 +6,12 @@ started again, and which has to come to the very same end: state, personal param
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +79,17 @@ class Matrix:
             self._bed.close()
             self._bed = None
 
-    def begin(self) -> None:
+    def begin(self, *, twice: bool = True) -> None:
         """Make a bed with an unbroken run; raises `HedgerowError` when even that fails.
 
-        On the first bed there are two, the second of which is the reference: agents have torch loaded then,
-        and it says at once whether two unbroken runs come to the same end.
+        `twice`: on the first bed there are two, the second of which is the reference: agents have torch
+        loaded then, and it says at once whether two unbroken runs come to the same end.
         """
         bed = self._fresh()
         first = self._unbroken(bed)
-        if self.reference is None:
+        if self.reference is None and not twice:
+            self.reference = first
+        elif self.reference is None:
             self.reference = self._unbroken(bed)
         if not (far := distance(first, self.reference)).bits:
             raise HedgerowError(f"two unbroken runs differ: {far.largest:.3g}, {far.where}")
@@ -151,9 +151,8 @@ class Matrix:
         reached = bed.arm(case.stage) if case.stage else None
         started = time.monotonic()
         bed.start_run(run)
-        stands: int | None = None
         if reached is not None:
-            stands = bed.stopped(reached)
+            bed.stopped(reached)
         else:
             assert case.instant is not None
             moment = started + case.instant * self.reference_s
@@ -161,10 +160,7 @@ class Matrix:
         # The serving process first: it dies with its agent.
         there = [bed.kill(who) for who in sorted(case.who, key=lambda who: who != "serving")]
         proven(bed, VICTIM)  # what the device has at that moment
-        if stands is not None:
-            with suppress(ProcessLookupError):  # it was the one that was killed
-                os.kill(stands, signal.SIGCONT)
-        bed.disarm()
+        bed.go_on()
         for who in sorted(case.who, key=lambda who: who != "broker"):
             bed.start_again(who)
         bed.until(bed.over, "the run ended", RUN_S)

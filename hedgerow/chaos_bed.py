@@ -177,19 +177,24 @@ class Bed:
         asked = self._halts("coordinator" if stage in OF_COORDINATOR else VICTIM) / f"{stage}-{ROUND}"
         asked.parent.mkdir(parents=True, exist_ok=True)
         asked.touch()
+        if stage == "swap":
+            # The server looks once a second: the next model must not be there before it has looked.
+            asked.with_name(f"download-{ROUND + 1}").touch()
         return asked.with_suffix(halt.REACHED)
 
-    def disarm(self) -> None:
-        """Take back what was not reached."""
+    def go_on(self) -> None:
+        """Take back what was not reached, and let go on what stands still."""
         for file in (self.folder / "halt").glob("*/*"):
+            if file.suffix == halt.REACHED:
+                with suppress(ProcessLookupError):  # it was the one that was killed
+                    os.kill(int(file.read_text()), signal.SIGCONT)
             file.unlink(missing_ok=True)
 
-    def stopped(self, reached: Path) -> int:
-        """Wait until a process stands still at its point; returns its pid."""
+    def stopped(self, reached: Path) -> None:
+        """Wait until a process stands still at its point."""
         self.until(reached.exists, f"{reached.stem} was reached")
         pid = int(reached.read_text())
         self.until(lambda: _stands(pid), f"process {pid} stood still")
-        return pid
 
     def until(self, condition: Callable[[], bool], what: str, within_s: float = STEP_S) -> None:
         """Wait for something that other processes do; raises `HedgerowError` when it does not come."""
@@ -219,7 +224,8 @@ class Bed:
         return self.folder / name
 
     def over(self) -> bool:
-        """Whether the run's coordinator has come to its end."""
+        """Whether the run's coordinator has come to its end; whoever still stops at a point goes on."""
+        self.go_on()
         return self._children["coordinator"].process.poll() == 0
 
     def served(self) -> str | None:

@@ -69,7 +69,7 @@ def port_finding(port: int, what: str) -> Finding:
 def _owner(port: int) -> str:
     try:
         for found in psutil.net_connections("tcp"):
-            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
+            if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid:
                 return f", by {psutil.Process(found.pid).name()} (pid {found.pid})"
     except psutil.Error:
         return ", by another user's program"

@@ -34,7 +34,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     require_service(find_broker() is not None, "MQTT broker")
     whole = Matrix(tmp_path_factory.mktemp("chaos"), None, seed=0)
     try:
-        whole.begin()
+        whole.begin(twice=False)
         yield whole
     finally:
         whole.close()

@@ -467,3 +467,23 @@ async def test_so_many_threads_give_the_same_bits_whoever_asked_for_them(tmp_pat
     asked = await done_on(tmp_path / "asked", 4, most=2)
     warm = await done_on(tmp_path / "warm", 4, hot=66_000)
     assert own.parameters == asked.parameters == warm.parameters
+
+
+async def test_work_that_was_done_is_done_again_only_for_a_coordinator_that_wants_it(tmp_path: Path) -> None:
+    """A broker that comes back with what it knew an hour ago sends old assignments again."""
+    broker, data = MemoryBroker(), toy_data(0)
+    async with coordinator_on(broker) as other:
+        async with agent_on(broker, tmp_path, lambda: data):
+            for number in (1, 2):
+                await other.ask(assignment(number))
+                await until(lambda: len(other.updates) == number)  # noqa: B023 - awaited in the loop
+        async with agent_on(broker, tmp_path, lambda: data):  # its courier has forgotten what it took
+            await until(lambda: presence_on(broker).state == "online")
+            before = presence_on(broker).session
+            await other.ask(assignment(1))
+            await until(lambda: presence_on(broker).session != before)  # it asks
+            assert [update.round for update in other.updates] == [1, 2]
+            await other.ask(assignment(1))  # and is answered
+            await until(lambda: len(other.updates) == 3)
+            assert other.updates[2].round == 1
+            assert other.updates[2].parameters == other.updates[0].parameters
