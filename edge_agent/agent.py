@@ -58,6 +58,7 @@ from foundation.errors import (
 )
 from foundation.memory import give_back
 from foundation.messages import (
+    PROTOCOL,
     AgentCard,
     Assignment,
     Command,
@@ -351,6 +352,9 @@ class Agent:
             except ValidationError as error:
                 logger.warning("coordinator's presence not understood", extra={"reason": str(error)})
                 continue
+            if presence.protocol != PROTOCOL:
+                text = "the coordinator speaks protocol %d, this agent %d: install the same version on both"
+                logger.error(text, presence.protocol, PROTOCOL)
             if presence.state == "online":
                 await self._introduce()
                 self._clock.wake(anew=True)

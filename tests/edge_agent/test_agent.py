@@ -25,7 +25,7 @@ from edge_agent.training import trainer
 from edge_agent.vault import Vault
 from foundation.codec import frame_of, update_from
 from foundation.errors import DataError
-from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Update
+from foundation.messages import PROTOCOL, AgentCard, Assignment, Command, Presence, Refusal, Update
 from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transfer import Courier
@@ -487,3 +487,17 @@ async def test_work_that_was_done_is_done_again_only_for_a_coordinator_that_want
             await until(lambda: len(other.updates) == 3)
             assert other.updates[2].round == 1
             assert other.updates[2].parameters == other.updates[0].parameters
+
+
+async def test_another_protocol_is_named_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = MemoryBroker()
+    async with (
+        agent_on(broker, tmp_path, lambda: toy_data(0)),
+        MemoryTransport(broker) as transport,
+    ):
+        other = Presence(state="online", session="c", protocol=PROTOCOL + 1).model_dump_json().encode()
+        await transport.publish(TOPICS.coordinator_presence, other)
+        await until(lambda: "install the same version on both" in caplog.text)
+        assert f"the coordinator speaks protocol {PROTOCOL + 1}, this agent {PROTOCOL}" in caplog.text
