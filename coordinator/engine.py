@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from coordinator.collector import Collector, check_answer
 from coordinator.easing import Ease
 from coordinator.live import Live, Phase
-from coordinator.pace import ROUNDS, Busy, answer_s, late_reason
+from coordinator.pace import ROUNDS, Busy, age_s, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
 from coordinator.report import round_metrics, update_summary, update_words
 from coordinator.robust.guard import Guard
@@ -37,6 +37,7 @@ from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State, Strategy, load_strategy
 from coordinator.web.models import StartRun
+from foundation import halt
 from foundation.codec import frame_of, update_from
 from foundation.errors import (
     DeliveryFailed,
@@ -45,6 +46,7 @@ from foundation.errors import (
     NotConnected,
     RoundError,
     SettingsError,
+    StoreError,
     WireError,
     WorkRefused,
 )
@@ -60,13 +62,15 @@ from foundation.messages import (
 from foundation.seal import OVERHEAD
 from foundation.spec import initial_parameters
 from foundation.topics import Topics, checked_name
-from foundation.transfer import Courier
+from foundation.transfer import INTERNAL, Courier
 from foundation.transport import Letter, Transport
 
 logger = logging.getLogger(__name__)
 
 GOODBYE_S = 3.0
 """How long stopping waits for the broker."""
+OFFERS, OFFER_AGAIN_S = 4, 2.0
+"""How often an assignment is offered to a device that fails to take it, and seconds between."""
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
@@ -395,6 +399,7 @@ class Engine:
 
     async def _snapshot(self, run: RunSettings, state: State) -> None:
         """Keep the state and let go of what it was made of; a round goes on meanwhile."""
+        halt.at("snapshot", state.round)
         data = await asyncio.to_thread(state.to_bytes)
         await asyncio.to_thread(self.store.save_state, run.name, state.round, data)
         late_after = None if run.staleness is None else state.round - run.stale_rounds - 1
@@ -426,6 +431,7 @@ class Engine:
         asks = partial(self._asks, course, strategy, state, number)
         collected, late = await self._collect(run, number, assignments, opened, strategy, asks)
         self.live.phase(run.name, number, run.rounds, "absorbing", {"updates": len(collected) + len(late)})
+        halt.at("absorb", number)
         more = await asks([update.agent for update in late])
         answers = Round.of([*more, *assignments], [*collected, *late], number, run.staleness)
         answers, found = await self._guard.screened(run, number, strategy, answers)
@@ -537,9 +543,8 @@ class Engine:
         asks: Asks,
     ) -> tuple[list[Update], list[Update]]:
         """Return the round's updates, and those of earlier rounds that came meanwhile."""
-        left = run.deadline_s - (time.time() - opened)
-        if left <= 0:
-            left = run.deadline_s  # the coordinator was away for longer than a round: start its clock anew
+        # Away for longer than a round, or with a clock that was set: its time starts anew.
+        left = run.deadline_s - age_s(opened, time.time(), run.deadline_s)
         collector = Collector(
             assignments,
             quorum=run.quorum,
@@ -559,6 +564,7 @@ class Engine:
         async with self._opened:
             self._open = here
             self._opened.notify_all()
+        halt.at("offer", number)
         try:
             for agent in collector.outstanding:
                 self._send(agent)
@@ -604,7 +610,11 @@ class Engine:
         past = [record for record in past if record.round < number]
         updates = [u for r in past for u in await asyncio.to_thread(self.store.updates, run.name, r.round)]
         took = answer_s(past, updates)
-        return None if took is None else time.monotonic() + run.patience * took - (time.time() - opened)
+        return (
+            None
+            if took is None
+            else time.monotonic() + run.patience * took - age_s(opened, time.time(), run.deadline_s)
+        )
 
     def _tell_collected(self, here: _Open) -> None:
         counts = {"updates": len(here.collector.updates), "expected": len(here.collector.assignments)}
@@ -625,17 +635,21 @@ class Engine:
 
     async def _deliver(self, here: _Open, agent: str) -> None:
         topic = self.topics.of(agent, "assignment")
-        left = max(1.0, here.deadline - time.monotonic())
-        try:
-            delivery = await self._courier.send(topic, here.frames[agent], deadline_s=left)
-        except DeliveryFailed as error:
-            if error.refused:
-                await self._refused(here.run, here.round, agent, str(error))
-            else:
+        for last in (*[False] * (OFFERS - 1), True):
+            left = max(1.0, here.deadline - time.monotonic())
+            try:
+                delivery = await self._courier.send(topic, here.frames[agent], deadline_s=left)
+            except DeliveryFailed as error:
                 logger.warning("assignment not taken", extra={"agent": agent, "reason": str(error)})
-        else:
-            here.taken.add(agent)
-            logger.debug("assignment delivered", extra={"agent": agent, "bytes": delivery.wire_bytes})
+                if error.refused or (last and str(error) == INTERNAL):
+                    await self._refused(here.run, here.round, agent, str(error))
+                if error.refused or time.monotonic() >= here.deadline:
+                    return
+                await asyncio.sleep(OFFER_AGAIN_S)
+            else:
+                here.taken.add(agent)
+                logger.debug("assignment delivered", extra={"agent": agent, "bytes": delivery.wire_bytes})
+                return
 
     def shut_out(self, agent: str, reason: str) -> None:
         """Give a device no more work, and wait for it no more."""
@@ -825,8 +839,14 @@ class Engine:
         self.live.presence(agent, entry.online)
         if was[0] != entry.online:
             self.live.emit(presence.state, f"{agent} is {presence.state}", agent=agent)
+        if entry.online and self.roster.begun(agent, presence.session):
+            text = (
+                f"two devices call themselves {agent!r} and push each other off the broker: give one of them"
+                " another name (agent = ... in its agent.toml) and a vault of its own"
+            )
+            logger.error(text)
+            self.live.emit("twins", text, agent=agent)
         if entry.online and (presence.session != was[1] or not was[0]):
-            entry.session = presence.session
             self._send(agent)  # a new process, or a new connection: something may have been lost
 
     async def _on_telemetry(self, agent: str, body: bytes) -> None:
@@ -858,9 +878,14 @@ class Engine:
     async def _ended(self, run: str, state: Literal["finished", "failed", "stopped"], reason: str) -> None:
         phase: Phase = "idle" if state == "stopped" else state
         rounds = 0
-        if await asyncio.to_thread(self.store.has_run, run):
-            rounds = (await asyncio.to_thread(self.store.run, run)).rounds
-            await asyncio.to_thread(self.store.set_run_state, run, state, reason)
+        try:
+            if await asyncio.to_thread(self.store.has_run, run):
+                rounds = (await asyncio.to_thread(self.store.run, run)).rounds
+                await asyncio.to_thread(self.store.set_run_state, run, state, reason)
+        except (
+            StoreError
+        ) as error:  # a full disk, most likely: the run is still open, and goes on at a restart
+            reason = f"{reason}; that cannot be written down either ({error}): make room, and start again"
         text = f"run {run} {state}" + (f": {reason}" if reason else "")
         if state == "failed":
             logger.error(text)

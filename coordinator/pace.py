@@ -14,6 +14,15 @@ ROUNDS = 5
 """Closed rounds that are looked back on."""
 
 
+def age_s(opened: float, now: float, most_s: float) -> float:
+    """Return how long ago (seconds) a round was opened, by a clock that may have been set meanwhile.
+
+    A round from the future, or older than it may become, is as old as if it had been opened now.
+    """
+    age = now - opened
+    return age if 0 <= age < most_s else 0.0
+
+
 def answer_s(rounds: Sequence[RoundRecord], updates: Iterable[UpdateRecord]) -> float | None:
     """Return what a device took to answer, seconds: the median over devices of each one's own median.
 

@@ -14,6 +14,8 @@ from foundation.spec import ModelSpec
 
 STRIKES = 3
 """Answers that were none, after which an agent gets no more work."""
+TWINS = 2
+"""Comebacks of a session that another one had followed, which show two devices of one name."""
 Answers = tuple[str, tuple[int, ...], tuple[str, ...]]
 
 
@@ -24,6 +26,10 @@ class Entry:
     card: AgentCard | None = None
     online: bool = False
     session: str = ""
+    earlier: list[str] = field(default_factory=list)
+    """Sessions that another one has followed, the last 16."""
+    returned: int = 0
+    """How often one of them came back."""
     last_heard: float = 0.0
     malformed: int = 0
     """Letters and frames that could not be read, or did not fit."""
@@ -49,6 +55,21 @@ class Roster:
     def heard(self, agent: str) -> None:
         """Note that an agent was heard just now."""
         self.entry(agent).last_heard = self.clock()
+
+    def begun(self, agent: str, session: str) -> bool:
+        """Note the session of an agent that is online; returns, once, whether two devices have this name.
+
+        Each process draws a session of its own. One that comes back again after another belongs to a device
+        that was there all the time; once alone may be an old letter of the broker's.
+        """
+        entry = self.entry(agent)
+        if session == entry.session:
+            return False
+        back = session in entry.earlier
+        entry.returned += back
+        entry.earlier = [one for one in (*entry.earlier, entry.session) if one != session][-16:]
+        entry.session = session
+        return back and entry.returned == TWINS
 
     def strike(self, agent: str, what: Literal["malformed", "outside"], reason: str) -> str | None:
         """Count a strike; returns why the agent is set aside, with the one that does it."""

@@ -8,6 +8,7 @@ process died is finished by the next one. torch is loaded with the first assignm
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import logging
 import os
@@ -40,9 +41,10 @@ from edge_agent.serving.live import Live, followed
 from edge_agent.serving.loopback import Loopback
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
-from edge_agent.vault import Outgoing, Personal, Vault
+from edge_agent.vault import Outgoing, Personal, Vault, full
 from edge_agent.yielding import Yielding
 from export.folder import CURRENT, linked
+from foundation import halt
 from foundation.artifact import Manifest
 from foundation.codec import assignment_from, frame_of
 from foundation.energy import EnergyReading, Kind, Stage, total
@@ -56,6 +58,7 @@ from foundation.errors import (
 )
 from foundation.memory import give_back
 from foundation.messages import (
+    PROTOCOL,
     AgentCard,
     Assignment,
     Command,
@@ -84,6 +87,8 @@ IDLE_TELEMETRY_S = 5.0
 RETRY_S = 30.0
 LIMITS_S = 5.0
 """How often limits are looked at."""
+AGAIN_S = 1.0
+"""How long it takes a receipt to go out, and the first pause after an update that was not taken."""
 SERVING_S = 1.0
 """How often it is looked at what the server decided."""
 GOODBYE_S = 3.0
@@ -117,6 +122,8 @@ class _Hooks:
 
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
         """Open a stage of the meter."""
+        if stage is Stage.PRUNE:
+            halt.at("prune", self.standing.round)
         self.standing.stage = stage if stage is not Stage.PRUNE else self.standing.stage
         return self.meter.stage(stage)
 
@@ -138,6 +145,7 @@ class _Hooks:
     def save(self, checkpoint: trainer_module.Checkpoint) -> None:
         """Keep a checkpoint."""
         self.vault.save_checkpoint(checkpoint.arrays, checkpoint.counters)
+        halt.at("train", self.standing.round)
 
     def load(self) -> trainer_module.Checkpoint | None:
         """Return the checkpoint of the work in hand."""
@@ -238,8 +246,11 @@ class Agent:
         self._session = uuid.uuid4().hex[:12]
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._current: _Job | None = None
+        self._asked_again: bytes | None = None
+        self._old = asyncio.Event()
         self._outbox = asyncio.Event()
         self._delivered_bytes = 0
+        self._pause_s = AGAIN_S
         self._verdicts: tuple[Verdict, ...] = ()
         self._serving_problem: str | None = None
         self._starting = asyncio.Lock()
@@ -312,6 +323,7 @@ class Agent:
                 self._watch_data,
                 self._watch_limits,
                 self._watch_serving,
+                self._ask_again,
             ):
                 tasks.create_task(life())
             tasks.create_task(self._greet(coordinators))
@@ -340,6 +352,9 @@ class Agent:
             except ValidationError as error:
                 logger.warning("coordinator's presence not understood", extra={"reason": str(error)})
                 continue
+            if presence.protocol != PROTOCOL:
+                text = "the coordinator speaks protocol %d, this agent %d: install the same version on both"
+                logger.error(text, presence.protocol, PROTOCOL)
             if presence.state == "online":
                 await self._introduce()
                 self._clock.wake(anew=True)
@@ -415,11 +430,15 @@ class Agent:
             return
         if linked(self.vault.artifacts, CURRENT) is not None:
             await self._serve()
-        again_s = 0.0
+        again_s, pause_s = 0.0, 0.0
         while True:
             await asyncio.sleep(min(SERVING_S, self._retry_s))
-            if self._serving.died and time.monotonic() >= again_s:
-                again_s = time.monotonic() + self._retry_s
+            now = time.monotonic()
+            if self._serving.died and now >= again_s:
+                # At once the first time; one that dies again and again is started less and less often.
+                steady = now - again_s > self._retry_s
+                pause_s = SERVING_S if steady else min(2 * pause_s, self._retry_s)
+                again_s = now + pause_s
                 logger.error("the server ended by itself, it is started again")
                 await self._serve()
             found = (await asyncio.to_thread(record.read, self.vault.artifacts)).verdicts
@@ -459,10 +478,46 @@ class Agent:
         now = self._current.key if self._current is not None else None
         if now is not None and now[0] == job.key[0] and now[1] >= job.key[1]:
             return  # in hand already, or a straggler of a round that is over
-        await asyncio.to_thread(self.vault.receive, frame)
+        if self._is_old(frame):
+            return
+        halt.at("download", assignment.round)
+        try:
+            await asyncio.to_thread(self.vault.receive, frame)
+        except OSError as error:
+            if (why := full(error, self.vault.folder)) is None:
+                raise
+            raise WorkRefused(why) from error
         self._clock.wake()
         self._call_off()
         self._enqueue(job)
+
+    def _is_old(self, frame: bytes) -> bool:
+        """Whether this assignment was done before, and nobody has asked for it again since.
+
+        A broker that comes back with what it knew an hour ago sends again what it had not seen confirmed
+        then. Done anew, it would put an old model in the place of the current one. So the coordinator is
+        asked: it sends what it still wants to an agent that introduces itself with another session.
+        """
+        if not self.vault.is_done(frame):
+            return False
+        digest = hashlib.sha256(frame).digest()
+        if digest == self._asked_again:
+            self._asked_again = None
+            return False
+        logger.warning("an assignment that was done came again; the coordinator is asked whether it wants it")
+        self._asked_again = digest
+        self._old.set()
+        return True
+
+    async def _ask_again(self) -> None:
+        """Ask the coordinator whether it wants work that was done, once its receipt has gone out."""
+        while True:
+            await self._old.wait()
+            self._old.clear()
+            await asyncio.sleep(min(AGAIN_S, self._retry_s))
+            self._courier.forget(self._topic("assignment"))
+            self._session = uuid.uuid4().hex[:12]
+            await self._introduce()
 
     def _enqueue(self, job: _Job) -> None:
         while not self._jobs.empty():
@@ -519,7 +574,8 @@ class Agent:
                 reason = f"called off: {job.why}" if job.why else "called off"
             else:
                 logger.exception("work failed")
-                reason = f"{type(error).__name__}: {error}"
+                why = full(error, self.vault.folder) if isinstance(error, OSError) else None
+                reason = why or f"{type(error).__name__}: {error}"
         if reason is not None:
             self.vault.drop(job.frame)
             await self._refuse(job.assignment, reason)
@@ -634,7 +690,7 @@ class Agent:
             interface_sent_bytes=traffic.sent if traffic else None,
             state=self._conditions.end() if self._conditions else None,
             artifact=None if silent else artifact,
-            problem=problem,
+            problem="; ".join([*([problem] if problem else []), *self.vault.said()])[:2000] or None,
             parameters=parameters,
             masks=outcome.masks,
         )
@@ -705,6 +761,7 @@ class Agent:
     def _export(self, model: LastModel, data: LocalData) -> Manifest:
         self.standing.stage = Stage.EXPORT
         part = data.validation
+        halt.at("export", model.facts.round)
         with self.meter.stage(Stage.EXPORT):
             # First the samples, then the model: whoever finds the model finds what to compare it on.
             found = canary.choose(data, self.settings.serve.canary)
@@ -733,6 +790,7 @@ class Agent:
 
     async def _deliver_one(self, outgoing: Outgoing) -> None:
         facts = {"run": outgoing.run, "round": outgoing.round}
+        halt.at("upload", outgoing.round)
         try:
             with self.meter.stage(Stage.SEND):
                 self.standing.stage = Stage.SEND
@@ -742,10 +800,12 @@ class Agent:
         except DeliveryFailed as error:
             if not error.refused:  # the coordinator may be away: keep it and try again later
                 logger.warning("update not taken yet", extra=facts | {"reason": str(error)})
-                asyncio.get_running_loop().call_later(1.0, self._outbox.set)
+                asyncio.get_running_loop().call_later(self._pause_s, self._outbox.set)
+                self._pause_s = min(2 * self._pause_s, RETRY_S)
                 return
             logger.warning("update refused", extra=facts | {"reason": str(error)})
         else:
+            self._pause_s = AGAIN_S
             self._delivered_bytes += delivery.wire_bytes
             logger.info("update delivered", extra=facts | {"bytes": delivery.wire_bytes})
         finally:

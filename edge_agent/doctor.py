@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")
     else:
-        _show(found, console or Console())
+        show(found, console or Console())
     return int(any(finding.verdict == "bad" for finding in found))
 
 
@@ -113,10 +113,10 @@ def findings(profile: DeviceProfile, root: Path, told: AgentSettings | None) -> 
         yield from calibration(use)
     yield _speed(root)
     yield from _heat(profile, root)
-    yield _clock(time.time())
+    yield clock(time.time())
     yield _memory(profile)
-    yield _disk(told.vault if told else Path())
-    yield _software()
+    yield disk(told.vault if told else Path())
+    yield software()
     if told is not None:
         yield broker(told.mqtt, f"{told.agent}-doctor")
 
@@ -289,7 +289,8 @@ def _heat(profile: DeviceProfile, root: Path) -> Iterator[Finding]:
                       "a better supply or cable, or cooling" if now else "")  # fmt: skip
 
 
-def _clock(now: float) -> Finding:
+def clock(now: float) -> Finding:
+    """Say whether this clock was ever set; `now` is in UTC seconds."""
     year = time.gmtime(now).tm_year
     if year < LEAST_YEAR:
         return Finding("clock", "bad", f"it says {year}: TLS will refuse", "sudo timedatectl set-ntp true")
@@ -309,14 +310,16 @@ def _memory(profile: DeviceProfile) -> Finding:
     )
 
 
-def _disk(vault: Path) -> Finding:
+def disk(vault: Path) -> Finding:
+    """Say how much room there is for a vault."""
     place = next(folder for folder in (vault, *vault.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     says = f"{free / 1e9:.1f} GB free for the vault"
     return Finding("disk", "good", says) if free >= LEAST_DISK else Finding("disk", "bad", says, "make room")
 
 
-def _software() -> Finding:
+def software() -> Finding:
+    """Say which versions are here, and what is missing."""
     there = [f"{name} {version(name)}" for name in PARTS if importlib.util.find_spec(name) is not None]
     says = ", ".join([f"hedgerow {version('hedgerow')}", f"Python {platform.python_version()}", *there])
     missing = [name for name in ("torch", "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -342,7 +345,8 @@ def broker(mqtt: MqttSettings, name: str) -> Finding:
     return Finding("broker", "good", f"{mqtt.address} lets this agent in")
 
 
-def _show(found: Sequence[Finding], console: Console) -> None:
+def show(found: Sequence[Finding], console: Console) -> None:
+    """Print findings, one a line."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")

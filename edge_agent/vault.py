@@ -6,7 +6,9 @@
       work/next.frame                     an assignment that has arrived and was not begun
       work/assignment.frame               the assignment in hand
       work/checkpoint.safetensors         where its training stands (after every epoch)
-      outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet
+      outbox/<run>~<round>.frame          an update that the coordinator has not confirmed yet (at most 32)
+      done.json                           digests of the last assignments that were done
+      broken/                             files whose contents are not what was written, and their reason
       last_model.safetensors              the last whole model, to export again (edge_agent/last_model.py)
       signing.key                         signs this device's artifacts (export/sign.py)
       joules.json                         joules of work by day, where a limit counts them
@@ -14,12 +16,14 @@
       canary.npz                          a few validation samples, to compare models on
 
 Every file is written beside its place, synced and renamed, so a power cut leaves the old or the new one.
+Frames have their SHA-256 behind them: what a bad card has changed is put aside, and the next update says so.
 A round is done the moment its update is in the outbox: before that, a restart repeats the round from the
 personal parameters of the round before it, and comes to the same end.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -40,6 +44,13 @@ from foundation.errors import SettingsError
 from foundation.parameters import Array, Parameters
 
 logger = logging.getLogger(__name__)
+
+OUTBOX = 32
+"""Updates that wait for the coordinator, at most; the oldest goes first."""
+DONE = 64
+"""Assignments that are remembered as done."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_SUM = b"\nsha256:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +77,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, sync, rename, sync the folder: after a power cut the old or the new file is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)  # on a full disk, half a file takes the room of the next whole one
+        raise
     beside.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -78,15 +93,51 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def full(error: OSError, folder: Path) -> str | None:
+    """Return what to do about a disk that is full, in words; `None` for another error."""
+    if error.errno not in FULL:
+        return None
+    return f"the disk of this device is full ({os.strerror(error.errno or 0)}): make room for {folder}"
+
+
 class Vault:
     """The folder of one agent; one process at a time."""
 
     def __init__(self, folder: Path, agent: str) -> None:
         self.folder = folder
+        self._said: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.rglob(".*.tmp"):
             torn.unlink()
         self._identify(agent)
+
+    def said(self) -> list[str]:
+        """Return what was found broken or was given up since the last call, for the coordinator's page."""
+        said, self._said = self._said, []
+        return said
+
+    def _tell(self, text: str) -> None:
+        logger.error(text)
+        self._said.append(text)
+
+    def _write_frame(self, path: Path, frame: bytes) -> None:
+        write_atomic(path, frame + _SUM + hashlib.sha256(frame).digest())
+
+    def _frame(self, path: Path) -> bytes | None:
+        """Read a frame; one that is not what was written is put aside, and said."""
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        frame, mark, found = data[: -32 - len(_SUM)], data[-32 - len(_SUM) : -32], data[-32:]
+        if mark == _SUM and hashlib.sha256(frame).digest() == found:
+            return frame
+        aside = self.folder / "broken" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        path.replace(aside)
+        self._tell(
+            f"{path.parent.name}/{path.name} was not what was written, and is put aside in {aside.parent}"
+        )
+        return None
 
     @property
     def artifacts(self) -> Path:
@@ -124,12 +175,23 @@ class Vault:
 
     def personal(self, run: str, before: int) -> Personal | None:
         """Return the newest own parameters of a round under `before`; a corrupt file is passed over."""
+        broken: list[int] = []
         for number in sorted((r for r in self._rounds(run) if r < before), reverse=True):
             loaded = read_arrays(self._personal(run, number))
-            if loaded is not None:
+            if loaded is None:
+                broken.append(number)
+            else:
+                if broken:
+                    self._tell(
+                        f"personal parameters of round {broken} are broken: those of {number} are used"
+                    )
                 parameters, meta = loaded
                 trained = EnergyReading(**meta["trained"]) if "trained" in meta else None
                 return Personal(int(meta["round"]), parameters, int(meta["pruning_steps"]), trained)
+        if broken:
+            self._tell(
+                f"personal parameters of round {broken} are broken, and there are none before: begun anew"
+            )
         return None
 
     def _personal(self, run: str, number: int) -> Path:
@@ -143,24 +205,23 @@ class Vault:
 
     def receive(self, frame: bytes) -> None:
         """Write down an assignment that has arrived; it takes the place of one that was not begun."""
-        write_atomic(self._next, frame)
+        self._write_frame(self._next, frame)
 
     def take_in_hand(self, frame: bytes) -> None:
         """Begin an assignment; an older one's checkpoint goes."""
-        if not self._in_hand.exists() or self._in_hand.read_bytes() != frame:
+        if self._frame(self._in_hand) != frame:
             self._checkpoint.unlink(missing_ok=True)
-            write_atomic(self._in_hand, frame)
-        if self._next.exists() and self._next.read_bytes() == frame:
+            self._write_frame(self._in_hand, frame)
+        if self._frame(self._next) == frame:
             self._next.unlink()
 
     def waiting(self) -> bytes | None:
         """Return the assignment to go on with: the newest that arrived, or the one that was begun."""
-        path = self._next if self._next.exists() else self._in_hand
-        return path.read_bytes() if path.exists() else None
+        return self._frame(self._next) or self._frame(self._in_hand)
 
     def begun(self, frame: bytes) -> bool:
         """Whether this is the assignment in hand, and not one that only waits."""
-        return self._in_hand.exists() and self._in_hand.read_bytes() == frame
+        return self._frame(self._in_hand) == frame
 
     def put_down(self) -> None:
         """Forget the assignment in hand: it is done, or was called off."""
@@ -170,7 +231,7 @@ class Vault:
     def drop(self, frame: bytes) -> None:
         """Forget an assignment that will not be done, begun or not."""
         for path in (self._next, self._in_hand):
-            if path.exists() and path.read_bytes() == frame:
+            if self._frame(path) == frame:
                 path.unlink()
         if not self._in_hand.exists():
             self._checkpoint.unlink(missing_ok=True)
@@ -200,18 +261,50 @@ class Vault:
 
     def finish(self, outgoing: Outgoing) -> None:
         """Put an update into the outbox, which makes its round done, and put the work down."""
-        write_atomic(self._outgoing(outgoing.run, outgoing.round), outgoing.frame)
+        self._write_frame(self._outgoing(outgoing.run, outgoing.round), outgoing.frame)
+        if (done := self._frame(self._in_hand)) is not None:
+            self._remember(done)
         self.put_down()
+        for old in self._outbox_files()[:-OUTBOX]:
+            old.unlink()
+            self._tell(f"the outbox is full: {old.stem} is given up, the coordinator was away for too long")
+
+    def is_done(self, frame: bytes) -> bool:
+        """Whether this very assignment was done before."""
+        return hashlib.sha256(frame).hexdigest() in self._done()
+
+    def _remember(self, frame: bytes) -> None:
+        digest = hashlib.sha256(frame).hexdigest()
+        known = [one for one in self._done() if one != digest]
+        write_atomic(self._done_file, json.dumps([*known, digest][-DONE:]).encode())
+
+    def _done(self) -> list[str]:
+        if not self._done_file.exists():
+            return []
+        try:
+            found = json.loads(self._done_file.read_bytes())
+            return [str(one) for one in found] if isinstance(found, list) else []
+        except (OSError, ValueError) as error:
+            logger.warning("what was done is unreadable, begun anew", extra={"reason": str(error)})
+            return []
+
+    @property
+    def _done_file(self) -> Path:
+        return self.folder / "done.json"
 
     def outbox(self) -> list[Outgoing]:
         """Return what the coordinator has not confirmed, oldest first."""
-        folder = self.folder / "outbox"
-        paths = sorted(folder.glob("*~*.frame"), key=lambda p: p.stat().st_mtime_ns)
         result = []
-        for path in paths:
+        for path in self._outbox_files():
             run, _, number = path.stem.rpartition("~")
-            result.append(Outgoing(run, int(number), path.read_bytes()))
+            if (frame := self._frame(path)) is not None:
+                result.append(Outgoing(run, int(number), frame))
         return result
+
+    def _outbox_files(self) -> list[Path]:
+        return sorted(
+            (self.folder / "outbox").glob("*~*.frame"), key=lambda p: (p.stat().st_mtime_ns, p.name)
+        )
 
     def delivered(self, run: str, number: int) -> None:
         """Take a confirmed update out of the outbox."""

@@ -88,6 +88,7 @@ class Presence(Frozen):
     state: Literal["online", "offline"]
     session: str = ""
     """Changes with every start of the process."""
+    protocol: int = PROTOCOL
 
 
 class Assignment(Frozen):

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"HGP"
 VERSION = 1
+INTERNAL = "internal error"
+"""The reason of a receiver that failed, as on a full disk; the frame is none the worse for it."""
 PART_HEADER = struct.Struct("<3sBB32sIIIQI")
 """Magic, version, flags, frame digest (SHA-256), attempt, index, count, frame bytes, CRC-32 of the rest."""
 MAX_PARTS = 65_536
@@ -226,7 +228,9 @@ class _Outgoing:
             self.stored = True
         elif receipt.state == "refused":
             if receipt.attempt == self.attempt:
-                self.failure = DeliveryFailed(receipt.reason or "refused without a reason", refused=True)
+                # An error over there says nothing about the frame: whoever sent it keeps it.
+                reason = receipt.reason or "refused without a reason"
+                self.failure = DeliveryFailed(reason, refused=reason != INTERNAL)
         else:
             self._learn_parts(receipt)
         self.changed.set()
@@ -638,7 +642,7 @@ class Courier:
             return str(error)[:REASON_CHARACTERS] or type(error).__name__
         except Exception:
             logger.exception("a frame could not be handled", extra={"topic": topic})
-            return "internal error"
+            return INTERNAL
         return None
 
     def _answer(self, topic: str, part: Part) -> None:

@@ -20,6 +20,7 @@ app = typer.Typer(
 
 LATE, NPZ, BOARDS, POISON = "Late joiners", "Data of your own", "Real boards", "Poison"
 """Headings in the help of `simulate`."""
+CHAOS = "With --chaos"
 
 PASS_ON: dict[str, Any] = {
     "allow_extra_args": True,
@@ -687,6 +688,68 @@ def serve(context: typer.Context) -> None:
     from edge_agent.serving.__main__ import main as run
 
     raise typer.Exit(run(context.args))
+
+
+@app.command()
+def doctor(
+    chaos: Annotated[
+        bool, typer.Option("--chaos", help="Kill processes, and look what comes of it.")
+    ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A sample of ten instead of the whole matrix.", rich_help_panel=CHAOS),
+    ] = False,
+    kills: Annotated[
+        int | None,
+        typer.Option(help="Random instants as well; 20 (2 with --quick).", rich_help_panel=CHAOS),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the instants, and the runs.", rich_help_panel=CHAOS)] = 0,
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A broker that runs, such as mqtt://host:1883; it is connected to, never killed. Else"
+            " --chaos starts its own.",
+        ),
+    ] = None,
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep all logs here; else only when something differs.", rich_help_panel=CHAOS
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look at this machine: versions, brokers, ports, clock, memory, disk.
+
+    With --chaos it starts a federation of real processes (broker, coordinator,
+    two agents, a serving process) in a folder of its own, runs it once
+    unbroken, and then once for everything that can be killed (-9): each
+    process, and each pair, as the round enters each of its stages, and at
+    random instants. Each is started again, and every run has to end in the
+    state of the unbroken one, with no update lost or counted twice, and with
+    a personal model that proves itself at every moment. About ten seconds for
+    each kill. Nothing of yours is touched. Ends with 1 if anything differs.
+
+    Examples:
+
+    hedgerow doctor
+
+    hedgerow doctor --chaos --quick
+
+    hedgerow doctor --chaos --kills 200 --logs chaos-logs --json
+    """
+    if chaos:
+        from hedgerow.chaos import ChaosOptions
+        from hedgerow.chaos import run_command as run_chaos
+
+        options = ChaosOptions(quick=quick, kills=kills, seed=seed, broker=broker, logs=logs, json=as_json)
+        raise typer.Exit(run_chaos(options))
+    if quick or kills is not None or logs is not None:
+        raise typer.BadParameter("--quick, --kills and --logs belong to --chaos", param_hint="--chaos")
+    from hedgerow.doctor import run_command as look
+
+    raise typer.Exit(look(broker, as_json=as_json))
 
 
 @model_verbs.command("report")

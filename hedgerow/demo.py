@@ -122,7 +122,7 @@ def run(options: DemoOptions) -> int:
     if not console.is_terminal:
         console = Console(stderr=options.json, width=WIDTH)
     with ExitStack() as stack:
-        stack.enter_context(_interruptible())
+        stack.enter_context(interruptible())
         try:
             report = _run(options, console, stack)
         except KeyboardInterrupt:
@@ -223,18 +223,18 @@ def _start(options: DemoOptions, stack: ExitStack) -> Federation:
         url = stack.enter_context(EmbeddedBroker(folder / "broker")).url
     children: list[Child] = []
     stack.callback(stop_all, children)
-    port = _free_port(options.port)
+    port = free_port(options.port)
     federation = Federation(options, folder, url, f"http://127.0.0.1:{port}", children)
     name = f"demo-{os.getpid()}"
-    broker = _broker_table(url)
+    broker = broker_table(url)
     environment = dict(os.environ)
     config = folder / "coordinator.toml"
-    config.write_text(_toml(_coordinator_table(options, name, port) | {"mqtt": broker}))
+    config.write_text(toml_text(_coordinator_table(options, name, port) | {"mqtt": broker}))
     command = [sys.executable, "-m", "coordinator", "--config", str(config)]
     children.append(spawn("coordinator", command, folder / "coordinator.log", environment))
     for index in range(options.devices):
         config = folder / f"agent-{index}.toml"
-        config.write_text(_toml(_agent_table(options, name, index) | {"mqtt": broker}))
+        config.write_text(toml_text(_agent_table(options, name, index) | {"mqtt": broker}))
         command = [sys.executable, "-m", "edge_agent", "--config", str(config)]
         children.append(spawn(f"device-{index}", command, folder / f"agent-{index}.log", environment))
     return federation
@@ -277,7 +277,8 @@ def _agent_table(options: DemoOptions, name: str, index: int) -> dict[str, Any]:
     return table
 
 
-def _broker_table(url: str) -> dict[str, Any]:
+def broker_table(url: str) -> dict[str, Any]:
+    """Return the `[mqtt]` table for a broker's URL; raises `SettingsError` for what is none."""
     from foundation.mqtt import MqttSettings
 
     settings = MqttSettings.from_url(url)
@@ -292,7 +293,7 @@ def learning(options: DemoOptions) -> dict[str, Any]:
     return dict(SMALL if options.dataset == "digits" else {}) | dict(options.settings)
 
 
-def _toml(table: Mapping[str, Any]) -> str:
+def toml_text(table: Mapping[str, Any]) -> str:
     """Write a table of plain values; JSON's strings, numbers, booleans and lists are TOML's too."""
     plain = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
@@ -310,7 +311,8 @@ def _toml(table: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _free_port(wanted: int) -> int:
+def free_port(wanted: int) -> int:
+    """Return `wanted` if it is free on loopback, else another that is."""
     for port in (wanted, 0):
         try:
             with socket.create_server(("127.0.0.1", port)) as probe:
@@ -415,7 +417,7 @@ def _keep(federation: Federation, report: DemoReport, console: Console) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Make SIGTERM and SIGHUP what Ctrl-C is, so that both end the children."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

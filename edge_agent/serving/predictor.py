@@ -25,6 +25,7 @@ from edge_agent.serving.optimized import Choice, Forms
 from edge_agent.serving.trial import Band, Trial, Window
 from export.folder import CURRENT, FALLBACK, GOOD, PINNED, PREVIOUS, SERVING, linked, resolve
 from export.proof import LARGEST_BATCH
+from foundation import halt
 from foundation.artifact import Manifest
 from foundation.errors import DataError, ExportError
 from foundation.memory import give_back
@@ -309,6 +310,7 @@ class Predictor:
             # The old model and nothing else of what served: that would hold the one before it, and so on.
             before_ms = self._serving.window.p95_ms()
             trial = Trial(window, before_ms, self._band, lambda: side_by_side(candidate, old))
+        halt.at("swap", candidate.manifest.round)
         # First the folder, then the memory: a kill in between starts with the model before.
         good = self._good(candidate if trial is None else old)
         self._link({SERVING: candidate.folder.name, **good})

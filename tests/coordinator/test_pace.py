@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from coordinator.pace import Busy, answer_s, late_reason
+from coordinator.pace import Busy, age_s, answer_s, late_reason
 from coordinator.robust.settle import Round, settled
 from coordinator.settings import Robust, RunSettings
 from coordinator.store.records import RoundRecord, UpdateRecord
@@ -112,3 +112,10 @@ def test_values_that_came_late_are_a_step_towards_them() -> None:
     base, weight = now[0].parameters, 4**-0.5
     expected = {n: base[n] + weight * (a - base[n]) for n, a in late.parameters.items()}
     assert same(ready.parameters, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("now", "age"), [(1000.0, 0.0), (1030.0, 30.0), (1060.0, 0.0), (1e6, 0.0), (999.0, 0.0), (-5.0, 0.0)]
+)
+def test_a_clock_that_was_set_neither_ends_a_round_nor_keeps_it_open_for_ever(now: float, age: float) -> None:
+    assert age_s(1000.0, now, 60.0) == age

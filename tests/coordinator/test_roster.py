@@ -112,3 +112,14 @@ def test_who_is_at_a_limit_is_not_present_but_rests_and_says_until_when() -> Non
     reason = roster.reason_against("c", SPEC, LABELS)
     assert reason is not None
     assert reason.startswith("its data")
+
+
+def test_a_session_that_comes_back_again_and_again_is_a_second_device_of_the_same_name() -> None:
+    roster = Roster()
+    restarts = [roster.begun("a", f"life {n}") for n in range(40)]
+    assert not any(restarts), "processes that come one after another are one device"
+    assert [roster.begun("b", session) for session in "xyxyxyzz"] == [
+        False, False, False, True, False, False, False, False,
+    ]  # fmt: skip
+    assert not any(roster.begun("c", session) for session in "xyx"), "an old letter of the broker's"
+    assert roster.entry("c").session == "x"

@@ -25,7 +25,7 @@ from edge_agent.training import trainer
 from edge_agent.vault import Vault
 from foundation.codec import frame_of, update_from
 from foundation.errors import DataError
-from foundation.messages import AgentCard, Assignment, Command, Presence, Refusal, Update
+from foundation.messages import PROTOCOL, AgentCard, Assignment, Command, Presence, Refusal, Update
 from foundation.profile import DeviceProfile
 from foundation.topics import Topics
 from foundation.transfer import Courier
@@ -467,3 +467,37 @@ async def test_so_many_threads_give_the_same_bits_whoever_asked_for_them(tmp_pat
     asked = await done_on(tmp_path / "asked", 4, most=2)
     warm = await done_on(tmp_path / "warm", 4, hot=66_000)
     assert own.parameters == asked.parameters == warm.parameters
+
+
+async def test_work_that_was_done_is_done_again_only_for_a_coordinator_that_wants_it(tmp_path: Path) -> None:
+    """A broker that comes back with what it knew an hour ago sends old assignments again."""
+    broker, data = MemoryBroker(), toy_data(0)
+    async with coordinator_on(broker) as other:
+        async with agent_on(broker, tmp_path, lambda: data):
+            for number in (1, 2):
+                await other.ask(assignment(number))
+                await until(lambda: len(other.updates) == number)  # noqa: B023 - awaited in the loop
+        async with agent_on(broker, tmp_path, lambda: data):  # its courier has forgotten what it took
+            await until(lambda: presence_on(broker).state == "online")
+            before = presence_on(broker).session
+            await other.ask(assignment(1))
+            await until(lambda: presence_on(broker).session != before)  # it asks
+            assert [update.round for update in other.updates] == [1, 2]
+            await other.ask(assignment(1))  # and is answered
+            await until(lambda: len(other.updates) == 3)
+            assert other.updates[2].round == 1
+            assert other.updates[2].parameters == other.updates[0].parameters
+
+
+async def test_another_protocol_is_named_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = MemoryBroker()
+    async with (
+        agent_on(broker, tmp_path, lambda: toy_data(0)),
+        MemoryTransport(broker) as transport,
+    ):
+        other = Presence(state="online", session="c", protocol=PROTOCOL + 1).model_dump_json().encode()
+        await transport.publish(TOPICS.coordinator_presence, other)
+        await until(lambda: "install the same version on both" in caplog.text)
+        assert f"the coordinator speaks protocol {PROTOCOL + 1}, this agent {PROTOCOL}" in caplog.text

@@ -87,8 +87,8 @@ def test_throttling_now_is_told_from_throttling_once(tmp_path: Path, bits: str, 
 
 
 def test_a_clock_that_was_never_set_is_bad() -> None:
-    assert doctor._clock(3600.0).verdict == "bad"
-    assert doctor._clock(1.8e9).verdict == "good"
+    assert doctor.clock(3600.0).verdict == "bad"
+    assert doctor.clock(1.8e9).verdict == "good"
 
 
 def config(folder: Path, port: int) -> list[str]:
