@@ -421,13 +421,12 @@ class Agent:
 
     async def _watch_serving(self) -> None:
         """Serve what is there already, start the server again when it died, and tell what it decided."""
-        if not self.settings.serve.wanted:
-            return
-        if linked(self.vault.artifacts, CURRENT) is not None:
+        wanted = self.settings.serve.wanted  # if not, `hedgerow serve` may follow the folder all the same
+        if wanted and linked(self.vault.artifacts, CURRENT) is not None:
             await self._serve()
         again_s = 0.0
         while True:
-            await asyncio.sleep(min(SERVING_S, self._retry_s))
+            await asyncio.sleep(min(SERVING_S if wanted else LIMITS_S, self._retry_s))
             if self._serving.died and time.monotonic() >= again_s:
                 again_s = time.monotonic() + self._retry_s
                 logger.error("the server ended by itself, it is started again")
