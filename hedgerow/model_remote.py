@@ -135,7 +135,7 @@ def _answers(api: Api, orders: list[dict[str, Any]], wait_s: float) -> list[dict
 
 
 def _outcome(one: dict[str, Any]) -> str:
-    words = {
+    words: dict[str, str] = {
         "open": "not answered yet; it is told again when it is here",
         "done": one["said"],
         "refused": f"refused: {one['said']}",
