@@ -426,7 +426,7 @@ class Agent:
             await self._serve()
         again_s = 0.0
         while True:
-            await asyncio.sleep(min(SERVING_S if wanted else LIMITS_S, self._retry_s))
+            await asyncio.sleep(min(SERVING_S if wanted else RETRY_S, self._retry_s))
             if self._serving.died and time.monotonic() >= again_s:
                 again_s = time.monotonic() + self._retry_s
                 logger.error("the server ended by itself, it is started again")
@@ -508,7 +508,7 @@ class Agent:
         """Do what the coordinator says about models, and answer on the card."""
         try:
             done = await asyncio.to_thread(order)
-        except (ExportError, OSError) as error:  # not answered: the coordinator says it again
+        except ExportError as error:  # not answered: the coordinator says it again
             logger.error("command not carried out", extra={"reason": str(error)})
             return
         logger.info("command", extra={"verb": done.verb, "done": done.done, "reason": done.said})

@@ -70,10 +70,13 @@ def unknown(folder: Path, error: UnknownVerb) -> Done:
 def seen(folder: Path) -> int | None:
     """Return when a folder of artifacts changed last, in nanoseconds.
 
-    `None` where that proves nothing: a second change within the clock's step would have the same time.
+    0 where there is none, `None` where it proves nothing: a second change within the clock's step would have
+    the same time.
     """
     try:
         changed = folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
     except OSError:
         return None
     return changed if time.time() - changed / 1e9 > _COARSE_S else None
@@ -85,16 +88,10 @@ def told(folder: Path, *, serves: bool) -> Models:
     links = {link: linked(folder, link) for link in LINKS}
     kept = []
     for name in sorted({name for name in links.values() if name is not None}):
-        manifest = _manifest(folder / name)
-        if manifest is not None:
-            waits = said.holds(name) and not any(links[link] == name for link in _NOT_WAITING)
-            mine = frozenset(link for link in LINKS if links[link] == name)
-            kept.append(
-                KeptModel.model_validate(
-                    {"sha256": name, "run": manifest.run, "round": manifest.round}
-                    | {"links": mine, "waits": waits and name not in said.barred}
-                )
-            )
+        mine = frozenset(link for link in LINKS if links[link] == name)
+        waits = said.holds(name) and name not in said.barred and not mine.intersection(_NOT_WAITING)
+        if (one := _kept(folder / name, mine, waits)) is not None:
+            kept.append(one)
     kept.sort(key=lambda one: (one.round, one.sha256))
     return Models(serves=serves or links[SERVING] is not None, kept=tuple(kept), done=said.done)
 
@@ -176,11 +173,13 @@ def _answer(folder: Path, done: Done) -> Done:
     return done
 
 
-def _manifest(folder: Path) -> Manifest | None:
-    """Return what a manifest says; `None`, logged, where it cannot be read: nothing rests on it here."""
+def _kept(folder: Path, links: frozenset[str], waits: bool) -> KeptModel | None:
+    """Return what is told of a model; `None`, logged, where its manifest cannot be read or told."""
     try:
         with (folder / MANIFEST).open("rb") as file:
-            return Manifest.model_validate_json(file.read(_LARGEST_MANIFEST))
+            manifest = Manifest.model_validate_json(file.read(_LARGEST_MANIFEST))
+        known = {"sha256": folder.name, "run": manifest.run, "round": manifest.round}
+        return KeptModel.model_validate(known | {"links": links, "waits": waits})
     except (OSError, ValidationError) as error:
         logger.warning("manifest not readable", extra={"folder": folder.name[:_SHORT], "reason": str(error)})
         return None

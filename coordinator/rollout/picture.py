@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -50,7 +50,8 @@ def pictures(store: Store, *, device: str | None = None, run: str | None = None)
     """Return the models of all devices or one, of all runs or one: by device, the newest first."""
     cards = store.cards()
     manifests = store.artifacts(run, agent=device)
-    rings = _rings(store)
+    told = [one for card in cards.values() if card and card.models for one in card.models.kept]
+    rings = _rings(store, {(m.run, m.round) for m in manifests} | {(one.run, one.round) for one in told})
     known = {(m.agent, m.sha256) for m in manifests}
     found = [_of_manifest(m, cards.get(m.agent), rings) for m in manifests]
     for agent, card in cards.items():
@@ -67,10 +68,17 @@ def pictures(store: Store, *, device: str | None = None, run: str | None = None)
     return found
 
 
-def _rings(store: Store) -> dict[tuple[str, str, int], Member]:
+def stands(store: Store, manifests: Sequence[Manifest]) -> dict[tuple[str, str], ModelView]:
+    """Return how these models stand, by device and SHA-256."""
+    cards, rings = store.cards(), _rings(store, {(m.run, m.round) for m in manifests})
+    return {(m.agent, m.sha256): _of_manifest(m, cards.get(m.agent), rings) for m in manifests}
+
+
+def _rings(store: Store, rounds: Set[tuple[str, int]]) -> dict[tuple[str, str, int], Member]:
     return {
         (member.agent, member.run, member.round): member
         for rollout in store.rollouts(100)
+        if (rollout.run, rollout.round) in rounds
         for member in store.members(rollout.run, rollout.round)
     }
 

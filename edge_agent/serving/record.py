@@ -153,7 +153,10 @@ def change(root: Path, how: Callable[[Record], Record]) -> None:
         after = how(before)
         return content if after == before else after.model_dump_json(indent=1).encode()
 
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{root} cannot be made: {error}") from error
     artifacts.update(root, FILE, changed)
 
 

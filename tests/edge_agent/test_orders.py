@@ -154,6 +154,15 @@ def test_a_model_that_is_not_there_is_refused_by_name(device: Device, verb: str)
     assert linked(device.root, SERVING) == device.models[2].sha256
 
 
+def test_a_manifest_that_cannot_be_told_is_left_out(device: Device) -> None:
+    device.publish(3)
+    path = device.root / device.models[3].sha256 / "manifest.json"
+    told = json.loads(path.read_text())
+    for change in ({"run": "r" * 65}, {"round": -1}, {"round": "x"}):
+        path.write_text(json.dumps(told | change))
+        assert [one.round for one in orders.told(device.root, serves=True).kept] == [2]
+
+
 def test_a_device_without_models_answers_too(tmp_path: Path) -> None:
     found = orders.told(tmp_path / "artifacts", serves=False)
     assert (found.serves, found.kept, found.done) == (False, (), ())

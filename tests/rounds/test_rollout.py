@@ -164,6 +164,15 @@ async def test_a_ring_waits_while_its_devices_soak_and_a_person_can_go_on(tmp_pa
         ]
 
 
+async def test_a_ring_can_wait_for_the_trials_of_its_devices(tmp_path: Path) -> None:
+    async with house(tmp_path, RINGS.model_copy(update={"settled": True})) as found:
+        await both_rounds(found)
+        steward = found.whole.engine.models  # type: ignore[union-attr]
+        await until(lambda: found.is_at(2, "open", 0) and steward.waits == "the trial on d1")
+        owner.pin(found.root("d1"))  # which ends its trial
+        await until(lambda: found.is_at(2, "open", 1))
+
+
 async def test_a_breach_stops_the_rollout_and_its_ring_goes_back(tmp_path: Path) -> None:
     async with house(tmp_path, RINGS.model_copy(update={"soak_s": 3600.0, "errors": 0.0})) as found:
         await both_rounds(found)
