@@ -28,7 +28,7 @@ from coordinator.store.rollouts import Member
 from coordinator.store.sql import Store
 from foundation.errors import SettingsError
 from foundation.messages import AgentCard, Command, Done, KeptModel, Models, command_of
-from tests.coordinator.filled_store import Clock, Engine
+from tests.coordinator.filled_store import Clock, Engine, a_manifest
 
 pytestmark = pytest.mark.anyio
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
@@ -251,3 +251,19 @@ async def test_models_of_devices_with_their_states(tmp_path: Path) -> None:
         assert all(one["accuracy"] is None for one in found.values()), "they keep it to themselves"
         one = (await client.get("/api/v1/models", params={"device": "d1", "run": "r"}, headers=token)).json()
         assert {item["device"] for item in one["items"]} == {"d1"}
+
+
+async def test_the_page_says_how_models_stand(tmp_path: Path) -> None:
+    async with api(tmp_path) as (store, client, tokens):
+        token = {"Authorization": f"Bearer {tokens.make('otto', 'viewer', expires_s=None)}"}
+        manifest = a_manifest(0, 2)
+        store.add_artifact(manifest)
+        store.add_artifact(a_manifest(1, 2))
+        kept = {"sha256": manifest.sha256, "run": manifest.run, "round": 2, "links": {"serving", "ordered"}}
+        models = Models(serves=True, kept=(KeptModel.model_validate(kept),))
+        store.upsert_agent(card(manifest.agent).model_copy(update={"models": models}), NOW)
+        assert store.begin_rollout(manifest.run, 2, [["another"], [manifest.agent]])
+        page = (await client.get("/", headers=token)).text
+        assert '<td data-label="Ring" class="number">2</td>' in page
+        assert '<td data-label="State">pinned by coordinator</td>' in page
+        assert '<td data-label="State">proven</td>' in page, "of an agent that has told nothing"
