@@ -174,6 +174,7 @@ def _app(http: HttpSettings, store: Store, live: Live, engine: Engine) -> FastAP
         store,
         live,
         engine,
+        models=engine.models,
         hosts=http.hosts or (("localhost", "127.0.0.1", "[::1]", http.host) if loopback else ()),
         tokens=ApiTokens(store) if http.auth == "on" or not loopback else None,
         records=FleetRecords(store),

@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
+from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
-from coordinator.web import api, pages, stream
+from coordinator.web import api, pages, rollout, stream
 from coordinator.web.door import Door
 from coordinator.web.models import Control
 
@@ -34,6 +35,7 @@ def create_app(
     live: Live,
     control: Control,
     *,
+    models: Steward | None = None,
     hosts: Sequence[str] = (),
     tokens: ApiTokens | None = None,
     records: FleetRecords | None = None,
@@ -45,6 +47,7 @@ def create_app(
     """Return the application. It opens and closes nothing: store, live and engine belong to the caller.
 
     Without `tokens` nobody is asked who they are: bind it to loopback then. `records` takes down changes.
+    `models` answers for devices' models; without it there are no addresses for them.
     `hosts`, when given, are the only names that requests may call this machine by, which keeps a foreign page
     from reaching it through a name of its own. `per_second` bounds one address, `secure` says that it is TLS.
     """
@@ -61,6 +64,8 @@ def create_app(
     app.add_middleware(Guard)
     api.install_problems(app)
     app.include_router(api.routes(store, live, control, clock))
+    if models is not None:
+        app.include_router(rollout.routes(store, models))
     app.include_router(stream.routes(live, status_every_s=status_every_s))
     app.include_router(pages.routes(store, live, clock))
     app.mount("/static", StaticFiles(directory=pages.HERE / "static"), name="static")

@@ -30,6 +30,7 @@ from coordinator.planning import Course, context_of, planned
 from coordinator.report import round_metrics, update_summary, update_words
 from coordinator.robust.guard import Guard
 from coordinator.robust.settle import Round, settled
+from coordinator.rollout.steward import Steward
 from coordinator.roster import Roster
 from coordinator.selection import Choice, Selection
 from coordinator.settings import CoordinatorSettings, RunSettings
@@ -123,6 +124,14 @@ class Engine:
         self._selection = Selection(self.roster, store, live, settings.budgets, clock)
         self._guard = Guard(store, self.roster, live)
         self._busy = Busy(time.monotonic)
+        self.models = Steward(
+            settings.rollout,
+            store=store,
+            live=live,
+            roster=self.roster,
+            send=lambda agent, body: self._publish(agent, "command", body),
+            clock=clock,
+        )
         self._session = uuid.uuid4().hex[:12]
         self._run: asyncio.Task[None] | None = None
         self._open: _Open | None = None
@@ -156,7 +165,7 @@ class Engine:
                 async with asyncio.TaskGroup() as tasks:
                     for letters, read in listeners:
                         tasks.create_task(self._listen(letters, read))
-                    for life in self._beside:
+                    for life in (self.models.run, *self._beside):
                         tasks.create_task(life())
                     await self._begin()
                     self._begun.set()
@@ -208,7 +217,7 @@ class Engine:
         if self._open is not None:
             for agent in self._open.collector.outstanding:
                 command = Command(verb="cancel", run=run, round=self._open.round, reason=reason)
-                await self._publish(agent, "command", command.model_dump_json())
+                await self._publish(agent, "command", command.body())
         self._run.cancel()
         await asyncio.wait([self._run])
         await self._ended(run, "stopped", reason)
@@ -450,6 +459,8 @@ class Engine:
             refused=[(u.round, u.agent) for u in late if (u.round, u.agent) not in merged],
         )
         await asyncio.to_thread(close)
+        if run.exports(number):
+            await self.models.closed(run.name, number, [a.agent for a in assignments])
         if number % run.snapshot_every == 0 or number == run.rounds:
             await self._saved()
             self._saving = asyncio.create_task(self._snapshot(run, state))
@@ -559,7 +570,9 @@ class Engine:
         await self._stored_before(run, number, collector, asks)
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
         encoding = run.encoding or strategy.encoding_down
-        frames = {a.agent: await asyncio.to_thread(frame_of, a, encoding) for a in assignments}
+        frames = {
+            a.agent: await asyncio.to_thread(frame_of, self.models.held(a), encoding) for a in assignments
+        }
         here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {}, asks)
         async with self._opened:
             self._open = here
@@ -812,6 +825,7 @@ class Engine:
         self.roster.entry(agent).card = card
         self.live.card(card)
         await asyncio.to_thread(self.store.upsert_agent, card, datetime.now(UTC))
+        await self.models.heard(agent, card)
 
     async def _tell_verdicts(self, agent: str, card: AgentCard) -> None:
         """Say once what a device decided about its personal models."""
@@ -894,9 +908,9 @@ class Engine:
         self.outcome = state
         self.finished.set()
 
-    async def _publish(self, agent: str, what: str, body: str) -> None:
+    async def _publish(self, agent: str, what: str, body: bytes) -> None:
         try:
-            await self.transport.publish(self.topics.of(agent, what), body.encode())
+            await self.transport.publish(self.topics.of(agent, what), body)
         except NotConnected as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -229,6 +230,32 @@ class WallSettings(Frozen):
         return plugs
 
 
+class RolloutSettings(Frozen):
+    """New personal models serve ring by ring, the next when the ones before held; see docs/rollout.md."""
+
+    enabled: bool = False
+    canary: Annotated[int, Field(ge=1)] | tuple[str, ...] = 1
+    """Devices that go first: how many, or which."""
+    rings: tuple[float, ...] = (0.1, 1.0)
+    """Shares of the devices that have the new model when a ring is let go, those before included."""
+    accuracy: float = Field(2.0, ge=0, le=100)
+    """Points that the new models may be below those that served before, each on its own validation part."""
+    errors: float = Field(0.1, ge=0, le=1)
+    """Share of the devices that may refuse the new model or roll it back."""
+    soak_s: float = Field(3600.0, ge=0)
+    """Seconds that a ring serves the new models before the next is let go."""
+    settled: bool = False
+    """Whether a ring's devices have to end their own trial, too: 1,000 requests or an hour."""
+
+    @field_validator("rings")
+    @classmethod
+    def _rise_to_all(cls, rings: tuple[float, ...]) -> tuple[float, ...]:
+        rising = all(a < b for a, b in pairwise(rings))
+        if not rings or not rising or rings[0] <= 0 or rings[-1] != 1.0:
+            raise ValueError("rollout.rings are rising shares above 0, and the last is 1.0: everybody")
+        return rings
+
+
 class CoordinatorSettings(Frozen):
     """Everything in `coordinator.toml`."""
 
@@ -247,3 +274,4 @@ class CoordinatorSettings(Frozen):
     run: RunSettings = RunSettings()
     budgets: BudgetSettings = BudgetSettings()
     wall: WallSettings = WallSettings()
+    rollout: RolloutSettings = RolloutSettings()

@@ -19,12 +19,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import psutil
 from pydantic import ValidationError
 
+from edge_agent import orders
 from edge_agent.answer import arrived, kept, to_send, weights_of
 from edge_agent.clock import ClockComparison
 from edge_agent.conditions import Conditions
@@ -51,9 +53,12 @@ from foundation.energy import EnergyReading, Kind, Stage, total
 from foundation.errors import (
     DataError,
     DeliveryFailed,
+    ExportError,
     FrameMismatch,
     HedgerowError,
     NotConnected,
+    UnknownVerb,
+    WireError,
     WorkRefused,
 )
 from foundation.memory import give_back
@@ -61,13 +66,15 @@ from foundation.messages import (
     PROTOCOL,
     AgentCard,
     Assignment,
-    Command,
+    Done,
+    Models,
     Presence,
     Refusal,
     Telemetry,
     Unavailable,
     Update,
     Verdict,
+    command_of,
 )
 from foundation.parameters import Parameters, layout_size
 from foundation.seal import OVERHEAD
@@ -252,6 +259,8 @@ class Agent:
         self._delivered_bytes = 0
         self._pause_s = AGAIN_S
         self._verdicts: tuple[Verdict, ...] = ()
+        self._models: Models | None = None
+        self._models_seen: int | None = None
         self._serving_problem: str | None = None
         self._starting = asyncio.Lock()
         serve = settings.serve
@@ -312,7 +321,7 @@ class Agent:
         commands = await self.transport.subscribe(self._topic("command"))
         coordinators = await self.transport.subscribe(self.topics.coordinator_presence)
         await self._look_at_data()
-        self._verdicts = record.read(self.vault.artifacts).verdicts  # before the card: nothing is told twice
+        await self._look_at_models()  # before the card: nothing is told twice
         self._resume()
         await self._introduce()
         async with asyncio.TaskGroup() as tasks:
@@ -331,7 +340,7 @@ class Agent:
                 if more is not None:
                     tasks.create_task(more.run(self.transport))
             async for letter in commands:
-                self._command(letter.body)
+                await self._command(letter.body)
 
     # --- introduction --------------------------------------------------------------------------
 
@@ -386,6 +395,7 @@ class Agent:
             or self.limits.problem(),
             unavailable=self.limits.look(),
             verdicts=self._verdicts,
+            models=self._models,
         )
 
     def _own_spec(self, data: LocalData) -> ModelSpec:
@@ -426,13 +436,12 @@ class Agent:
 
     async def _watch_serving(self) -> None:
         """Serve what is there already, start the server again when it died, and tell what it decided."""
-        if not self.settings.serve.wanted:
-            return
-        if linked(self.vault.artifacts, CURRENT) is not None:
+        wanted = self.settings.serve.wanted  # if not, `hedgerow serve` may follow the folder all the same
+        if wanted and linked(self.vault.artifacts, CURRENT) is not None:
             await self._serve()
         again_s, pause_s = 0.0, 0.0
         while True:
-            await asyncio.sleep(min(SERVING_S, self._retry_s))
+            await asyncio.sleep(min(SERVING_S if wanted else RETRY_S, self._retry_s))
             now = time.monotonic()
             if self._serving.died and now >= again_s:
                 # At once the first time; one that dies again and again is started less and less often.
@@ -441,10 +450,22 @@ class Agent:
                 again_s = now + pause_s
                 logger.error("the server ended by itself, it is started again")
                 await self._serve()
-            found = (await asyncio.to_thread(record.read, self.vault.artifacts)).verdicts
-            if found != self._verdicts:
-                self._verdicts = found
-                await self._publish("card", self.card().model_dump_json(), retain=True)
+            await self._tell_models()
+
+    async def _look_at_models(self) -> bool:
+        """Read which models are here and what was decided about them; returns whether that has changed."""
+        folder, before = self.vault.artifacts, (self._verdicts, self._models)
+        seen = await asyncio.to_thread(orders.seen, folder)
+        if seen is not None and seen == self._models_seen:
+            return False
+        self._models_seen = seen
+        self._verdicts = (await asyncio.to_thread(record.read, folder)).verdicts
+        self._models = await asyncio.to_thread(orders.told, folder, serves=self.settings.serve.wanted)
+        return before != (self._verdicts, self._models)
+
+    async def _tell_models(self) -> None:
+        if await self._look_at_models():
+            await self._publish("card", self.card().model_dump_json(), retain=True)
 
     # --- taking work ---------------------------------------------------------------------------
 
@@ -524,15 +545,29 @@ class Agent:
             self._jobs.get_nowait()  # only the newest counts
         self._jobs.put_nowait(job)
 
-    def _command(self, body: bytes) -> None:
+    async def _command(self, body: bytes) -> None:
         try:
-            command = Command.model_validate_json(body)
-        except ValidationError as error:
+            command = command_of(body)
+        except WireError as error:
             logger.warning("command not understood", extra={"reason": str(error)})
+            if isinstance(error, UnknownVerb):
+                await self._ordered(partial(orders.unknown, self.vault.artifacts, error))
             return
-        if self._current is not None and self._current.key == (command.run, command.round):
+        if command.verb != "cancel":
+            await self._ordered(partial(orders.carry_out, self.vault.artifacts, command))
+        elif self._current is not None and self._current.key == (command.run, command.round):
             logger.info("work called off", extra={"reason": command.reason})
             self._call_off()
+
+    async def _ordered(self, order: Callable[[], Done]) -> None:
+        """Do what the coordinator says about models, and answer on the card."""
+        try:
+            done = await asyncio.to_thread(order)
+        except ExportError as error:  # not answered: the coordinator says it again
+            logger.error("command not carried out", extra={"reason": str(error)})
+            return
+        logger.info("command", extra={"verb": done.verb, "done": done.done, "reason": done.said})
+        await self._tell_models()
 
     def _call_off(self, why: str = "") -> None:
         if self._current is not None:
@@ -567,6 +602,7 @@ class Agent:
             self._outbox.set()
             if job.assignment.export and self.settings.serve.wanted:
                 await self._serve()
+            await self._tell_models()
         except (WorkRefused, DataError) as error:
             reason = str(error)
         except Exception as error:  # the one door of the house: logged and answered
@@ -730,6 +766,7 @@ class Agent:
         if not a.export:
             return None, None
         try:
+            orders.hold(self.vault.artifacts, a.hold)  # before there is a new model: it may not slip through
             manifest = self._export(model, data)
         except HedgerowError as error:
             logger.error("export failed", extra={"round": a.round, "reason": str(error)})

@@ -4,7 +4,8 @@
       current   -> <sha256>        the newest; a link, replaced atomically
       previous  -> <sha256>        what was current before
       serving   -> <sha256>        what answers, where a server follows the folder; also: good (the last
-                                   good one), fallback (the one before that), pinned (its owner's choice)
+                                   good one), fallback (the one before that), pinned (its owner's choice),
+                                   ordered (the coordinator's)
       <sha256>/                    named after the bytes of model.onnx
         model.onnx  manifest.json  probe.npz  signature.json (where there is a key: export/sign.py)
 
@@ -60,8 +61,8 @@ LARGEST_FILE_BYTES: Mapping[str, int] = {
 _INCOMING = ".incoming-"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-SERVING, GOOD, FALLBACK, PINNED = "serving", "good", "fallback", "pinned"
-LINKS = (CURRENT, PREVIOUS, SERVING, GOOD, FALLBACK, PINNED)
+SERVING, GOOD, FALLBACK, PINNED, ORDERED = "serving", "good", "fallback", "pinned", "ordered"
+LINKS = (CURRENT, PREVIOUS, SERVING, GOOD, FALLBACK, PINNED, ORDERED)
 """Names of links; what one of them names is not removed."""
 
 

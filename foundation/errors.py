@@ -49,6 +49,14 @@ class WireError(HedgerowError):
     """What arrived cannot be what was meant."""
 
 
+class UnknownVerb(WireError):  # noqa: N818
+    """A command of a newer version; `verb` and `id` are what could be read of it."""
+
+    def __init__(self, verb: str, id: str) -> None:
+        super().__init__(f"this agent does not know the command {verb!r}: install a newer version on it")
+        self.verb, self.id = verb, id
+
+
 class FrameTooLarge(WireError):  # noqa: N818 - named for what happened, as in the house's tree
     """A frame, header or part is over its bound."""
 

@@ -8,12 +8,21 @@ arrays beside it (see foundation/codec.py).
 from __future__ import annotations
 
 from datetime import UTC
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import AwareDatetime, ConfigDict, Field
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from foundation.artifact import Manifest
 from foundation.energy import EnergyReading, Stage
+from foundation.errors import UnknownVerb, WireError
 from foundation.frozen import Frozen
 from foundation.parameters import Masks, Parameters
 from foundation.spec import ModelSpec
@@ -21,6 +30,10 @@ from foundation.timing import Timing, Utc
 from foundation.work import LocalWork
 
 PROTOCOL = 1
+COMMAND_BYTES = 4_096
+"""Largest command."""
+Link: TypeAlias = Literal["current", "previous", "serving", "good", "fallback", "pinned", "ordered"]
+"""What a model on a device's disk is: export/folder.py."""
 
 
 class Unavailable(Frozen):
@@ -54,6 +67,46 @@ class Verdict(Frozen):
         return f"the model {which} was {self.kind.replace('_', ' ')}: {self.reason}"
 
 
+class KeptModel(Frozen):
+    """One personal model that a device has on its disk."""
+
+    sha256: str = Field(max_length=64)
+    run: str = Field(max_length=64)
+    round: int = Field(ge=0)
+    links: frozenset[Link] = frozenset()
+    """What it is there."""
+    waits: bool = False
+    """Whether it may not answer before the coordinator says so."""
+
+
+class Done(Frozen):
+    """What came of a command."""
+
+    id: str = Field(max_length=32)
+    verb: str = Field(max_length=32)
+    done: bool
+    said: str = Field("", max_length=300)
+    """In words; why not, where it was not done."""
+
+
+class Models(Frozen):
+    """What a device says of its personal models."""
+
+    serves: bool
+    """Whether it answers requests with them."""
+    kept: tuple[KeptModel, ...] = Field((), max_length=16)
+    done: tuple[Done, ...] = Field((), max_length=16)
+    """What came of the newest commands, oldest first."""
+
+    def linked(self, link: Link) -> KeptModel | None:
+        """Return the model that a link names."""
+        return next((one for one in self.kept if link in one.links), None)
+
+    def of(self, run: str, round: int) -> KeptModel | None:
+        """Return the model that a round made."""
+        return next((one for one in self.kept if (one.run, one.round) == (run, round)), None)
+
+
 class AgentCard(Frozen):
     """Who an agent is and what it can do; retained on the broker."""
 
@@ -80,6 +133,8 @@ class AgentCard(Frozen):
     """Why it does not want to, though it could: it is not asked, and not waited for."""
     verdicts: tuple[Verdict, ...] = Field((), max_length=16)
     """The newest on its personal models, oldest first."""
+    models: Models | None = None
+    """`None` from an agent that does not tell, and cannot let a model wait."""
 
 
 class Presence(Frozen):
@@ -110,8 +165,17 @@ class Assignment(Frozen):
     export: bool = False
     last: bool = False
     """Whether this is the last round of the run."""
+    hold: bool = False
+    """Whether the exported model waits until the coordinator lets it serve; not sent where it does not."""
     parameters: Parameters = Field(default_factory=Parameters, exclude=True)
     masks: Masks = Field(default_factory=dict, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _as_agents_know_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        told: dict[str, Any] = handler(self)
+        if not self.hold:
+            del told["hold"]  # an agent of an earlier version refuses a field that it does not know
+        return told
 
 
 class DeviceState(Frozen):
@@ -205,10 +269,52 @@ class Telemetry(Frozen):
 class Command(Frozen):
     """A word from the coordinator to an agent."""
 
-    verb: Literal["cancel"]
-    run: str
-    round: int
-    reason: str = ""
+    verb: Literal["cancel", "release", "pin", "unpin", "rollback"]
+    run: str = Field("", max_length=64)
+    round: int = 0
+    """Of the work that is called off, or of the model."""
+    reason: str = Field("", max_length=1000)
+    id: str = Field("", max_length=32)
+    """What the answer on the card refers to; commands about models have one."""
+    model: str = Field("", max_length=64)
+    """SHA-256 of the model that is let go, pinned or rolled back."""
+    by: str = Field("", max_length=64)
+    """Who decided it."""
+
+    def body(self) -> bytes:
+        """Return it as it travels: `cancel` as agents of every version know it."""
+        return self.model_dump_json(exclude_defaults=self.verb == "cancel").encode()
+
+
+def command_of(body: bytes) -> Command:
+    """Return the command in a letter; raises `UnknownVerb` for one of a newer version, else `WireError`."""
+    if len(body) > COMMAND_BYTES:
+        raise WireError(f"a command of {len(body)} bytes is larger than {COMMAND_BYTES}")
+    try:
+        return Command.model_validate_json(body)
+    except ValidationError as error:
+        told = _Verb.read(body)
+        if told is not None and told.verb not in get_args(Command.model_fields["verb"].annotation):
+            raise UnknownVerb(told.verb, told.id) from error
+        problem = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "body"
+        raise WireError(f"the command is malformed: {where}: {problem['msg']}") from error
+
+
+class _Verb(BaseModel):
+    """The little of a command that is read in every version."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    verb: str = Field(max_length=32)
+    id: str = Field("", max_length=32)
+
+    @classmethod
+    def read(cls, body: bytes) -> _Verb | None:
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError:
+            return None
 
 
 class ClockQuestion(Frozen):

@@ -6,7 +6,7 @@ import json
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -597,6 +597,21 @@ app.add_typer(model_verbs, name="model")
 
 Artifacts = Annotated[Path, typer.Argument(metavar="DIR", help="A device's vault, or its artifacts.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ADDRESS = "http://127.0.0.1:8080"
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="Through the coordinator, on this device; may be given several times."),
+]
+Everywhere = Annotated[bool, typer.Option("--all", help="Through the coordinator, on every device.")]
+Address = Annotated[str, typer.Option("--coordinator", metavar="URL", help="The coordinator's page.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="With an operator's token, where one is asked for; or HEDGEROW_TOKEN."),
+]
+Cacert = Annotated[
+    Path | None, typer.Option("--cacert", help="PEM of the authority that vouches for the coordinator.")
+]
+Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for devices' answers.")]
 
 
 @model_verbs.callback()
@@ -615,6 +630,29 @@ def model_show(folder: Artifacts = Path("vault"), as_json: AsJson = False) -> No
     raise typer.Exit(show(folder, as_json=as_json))
 
 
+@model_verbs.command("list")
+def model_list(
+    folder: Annotated[Path, typer.Option(help="The coordinator's.")] = Path("coordinator-data"),
+    device: Annotated[str | None, typer.Option(help="Of one device alone.")] = None,
+    run: Annotated[str | None, typer.Option(help="Of one run alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every device's models as the coordinator knows them: run, round, accuracy, ring and state.
+
+    Proven, waiting for its ring, serving, pinned, refused or rolled back. Nothing
+    is asked of the devices; the coordinator may be running.
+
+    Examples:
+
+    hedgerow model list --folder /var/lib/hedgerow/coordinator
+
+    hedgerow model list --folder coordinator-data --device pi-garden --json
+    """
+    from hedgerow.model_remote import show
+
+    raise typer.Exit(show(folder, device=device, run=run, as_json=as_json))
+
+
 @model_verbs.command("pin")
 def model_pin(
     folder: Artifacts = Path("vault"),
@@ -622,30 +660,60 @@ def model_pin(
         str | None,
         typer.Argument(metavar="MODEL", help="Its round, or the beginning of its SHA-256; else what serves."),
     ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The same, with --device or --all.")] = None,
+    device: Devices = None,
+    everywhere: Everywhere = False,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    reason: Annotated[str, typer.Option(help="Kept in the audit.")] = "",
+    wait: Wait = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Let one model serve whatever comes, until `hedgerow model unpin`.
 
     A pinned model has to prove itself, but is compared with nothing and never
-    rolled back. Newer ones still arrive and wait.
+    rolled back. Newer ones still arrive and wait. With --device or --all it is
+    said through the coordinator; a pin of the device's owner has precedence.
 
     Examples:
 
     hedgerow model pin /var/lib/hedgerow/vault
 
     hedgerow model pin /var/lib/hedgerow/vault 12
+
+    hedgerow model pin --device pi-garden --model 12
     """
+    wanted = model or wanted
+    if device or everywhere:
+        _remote(("pin", device, everywhere), coordinator, token_file, cacert, reason, wait, as_json, wanted)
     from hedgerow.model_choice import pin
 
     raise typer.Exit(pin(folder, wanted, as_json=as_json))
 
 
 @model_verbs.command("unpin")
-def model_unpin(folder: Artifacts = Path("vault"), as_json: AsJson = False) -> None:
+def model_unpin(
+    folder: Artifacts = Path("vault"),
+    device: Devices = None,
+    everywhere: Everywhere = False,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    reason: Annotated[str, typer.Option(help="Kept in the audit.")] = "",
+    wait: Wait = 10.0,
+    as_json: AsJson = False,
+) -> None:
     """Let the newest model serve again, if it proves itself and is not worse.
 
-    Example: hedgerow model unpin /var/lib/hedgerow/vault
+    Examples:
+
+    hedgerow model unpin /var/lib/hedgerow/vault
+
+    hedgerow model unpin --all
     """
+    if device or everywhere:
+        _remote(("unpin", device, everywhere), coordinator, token_file, cacert, reason, wait, as_json)
     from hedgerow.model_choice import unpin
 
     raise typer.Exit(unpin(folder, as_json=as_json))
@@ -655,15 +723,56 @@ def model_unpin(folder: Artifacts = Path("vault"), as_json: AsJson = False) -> N
 def model_rollback(
     folder: Artifacts = Path("vault"),
     reason: Annotated[str, typer.Option(help="Told to the coordinator, too.")] = "rolled back by hand",
+    model: Annotated[
+        str | None, typer.Option("--model", help="With --device or --all: another than the one that serves.")
+    ] = None,
+    device: Devices = None,
+    everywhere: Everywhere = False,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    wait: Wait = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Go back to the model before the one that serves, which is not taken again.
 
-    Example: hedgerow model rollback /var/lib/hedgerow/vault --reason "wrong on the night shift"
+    Examples:
+
+    hedgerow model rollback /var/lib/hedgerow/vault --reason "wrong on the night shift"
+
+    hedgerow model rollback --device pi-garden --reason "wrong on the night shift"
+
+    hedgerow model rollback --all --model 12 --coordinator https://laptop.lan:8080 --token-file token
     """
+    if device or everywhere:
+        _remote(
+            ("rollback", device, everywhere), coordinator, token_file, cacert, reason, wait, as_json, model
+        )
     from hedgerow.model_choice import rollback
 
     raise typer.Exit(rollback(folder, reason, as_json=as_json))
+
+
+def _remote(
+    what: tuple[Literal["pin", "unpin", "rollback"], list[str] | None, bool],
+    coordinator: str,
+    token_file: Path | None,
+    cacert: Path | None,
+    reason: str,
+    wait_s: float,
+    as_json: bool,
+    model: str | None = None,
+) -> NoReturn:
+    """Say it through the coordinator."""
+    from hedgerow.model_remote import Api, order
+
+    verb, devices, everywhere = what
+    if devices and everywhere:
+        typer.echo("hedgerow model: --device and --all do not go together", err=True)
+        raise typer.Exit(2)
+    api = Api(coordinator, token_file, cacert)
+    code = order(api, verb, devices or [], model=model, reason=reason, wait_s=wait_s, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command(context_settings=PASS_ON)

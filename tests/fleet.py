@@ -16,6 +16,7 @@ from coordinator.settings import (
     BudgetSettings,
     CoordinatorSettings,
     HttpSettings,
+    RolloutSettings,
     RunSettings,
     WallSettings,
 )
@@ -84,6 +85,7 @@ class Fleet:
     """Agents that answer requests, and how."""
     wall: WallSettings = field(default_factory=WallSettings)
     """Agents behind smart plugs."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     carry_out: dict[str, CarryOut] = field(default_factory=dict)
     """How agents work that do not only train."""
     utc: dict[str, Callable[[], float]] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class Fleet:
             run=self.run,
             budgets=self.budgets,
             wall=self.wall,
+            rollout=self.rollout,
         )
         will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
         with Store.open(settings.folder, clock=self.clock) as self.store:

@@ -69,6 +69,8 @@ class Processes:
     port: int
     profile: str = "unknown-linux"
     children: dict[str, Child] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    """More settings of every agent."""
 
     def agent_command(self, name: str) -> list[str]:
         data = write_data(self.folder, int(name[1:])).model_dump(mode="json", exclude_unset=True)
@@ -80,7 +82,7 @@ class Processes:
             "threads": 1,
             "mqtt": {"port": self.port},
             "data": data,
-        }
+        } | self.more
         return [sys.executable, "-m", "edge_agent", *sets(table)]
 
     def start_agent(self, name: str) -> None:

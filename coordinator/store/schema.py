@@ -20,7 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from foundation.errors import StoreError
 
-REVISION = "0003"
+REVISION = "0004"
 MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "hedgerow.sqlite"
 PATIENCE_S = 30.0
@@ -197,6 +197,48 @@ walls = sa.Table(
     sa.Column("agent", sa.Text, primary_key=True),
     sa.Column("record_json", sa.Text, nullable=False),
     sa.ForeignKeyConstraint(["run", "round", "agent"], ["updates.run", "updates.round", "updates.agent"]),
+)
+
+orders = sa.Table(
+    "orders",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("agent", sa.Text, nullable=False, index=True),
+    sa.Column("verb", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("at", sa.Float(53), nullable=False),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("said", sa.Text, nullable=False),
+    sa.Column("answered", sa.Float(53)),
+)
+
+rollouts = sa.Table(
+    "rollouts",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("ring", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("began", sa.Float(53), nullable=False),
+    sa.Column("changed", sa.Float(53), nullable=False),
+)
+
+rollout_members = sa.Table(
+    "rollout_members",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("ring", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("model", sa.Text),
+    sa.Column("before", sa.Text),
+    sa.Column("since", sa.Float(53), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.ForeignKeyConstraint(["run", "round"], ["rollouts.run", "rollouts.round"]),
 )
 
 # Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.

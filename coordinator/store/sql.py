@@ -40,6 +40,7 @@ from coordinator.store.records import (
     dumps,
     loads,
 )
+from coordinator.store.rollouts import RolloutVerbs
 from foundation.artifact import Manifest
 from foundation.errors import StoreError
 from foundation.messages import AgentCard, Json
@@ -51,8 +52,8 @@ STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
 
-class Store(PlugVerbs):
-    """Runs, agents, rounds, updates, refusals, artifacts, events and plugs of one coordinator."""
+class Store(PlugVerbs, RolloutVerbs):
+    """Runs, agents, rounds, updates, refusals, artifacts, events, plugs and rollouts of one coordinator."""
 
     def __init__(
         self, engine: Engine, blobs: Blobs, clock: Callable[[], float], quarantine: Quarantine

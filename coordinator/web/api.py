@@ -54,7 +54,7 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Most items to return.")
 After = Annotated[str | None, Query(max_length=200, description="`next` of the page before.")]
 
 
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Return what OpenAPI says of these errors."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
@@ -75,7 +75,7 @@ def routes(store: Store, live: Live, control: Control, clock: Callable[[], float
     _add_lists(router, store)
     _add_control(router, store, live, control, clock)
 
-    @router.get("/healthz", tags=["health"], responses=_problems(500))
+    @router.get("/healthz", tags=["health"], responses=problems(500))
     def healthz() -> Health:
         """Whether the database answers."""
         store.check()
@@ -93,13 +93,13 @@ def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
         """Return the whole picture: run, round, phase, time left, and every agent as last heard."""
         return live.snapshot(since)
 
-    @router.get(PREFIX + "/fleet", tags=["live"], responses=_problems(422))
+    @router.get(PREFIX + "/fleet", tags=["live"], responses=problems(422))
     async def fleet(limit: Limit = 200, after: After = None) -> Page[AgentStatus]:
         """Return the agents, by name."""
         agents = [agent for agent in live.snapshot().agents if after is None or agent.agent > after]
-        return _page(agents, limit, lambda agent: agent.agent)
+        return page(agents, limit, lambda agent: agent.agent)
 
-    @router.get(PREFIX + "/fleet/{agent}", tags=["live"], responses=_problems(404, 422))
+    @router.get(PREFIX + "/fleet/{agent}", tags=["live"], responses=problems(404, 422))
     async def one_agent(agent: str) -> AgentView:
         """Return everything that is known of one agent."""
         status = live.agent(agent)
@@ -117,20 +117,20 @@ def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
 
 
 def _add_runs(router: APIRouter, store: Store) -> None:
-    @router.get(PREFIX + "/runs", tags=["runs"], responses=_problems(422))
+    @router.get(PREFIX + "/runs", tags=["runs"], responses=problems(422))
     def runs(limit: Limit = 50, after: After = None) -> Page[RunView]:
         """Return the runs, newest first."""
         records = store.runs()
         names = [record.run for record in records]
         start = names.index(after) + 1 if after in names else 0
-        return _page([RunView.of(record) for record in records[start:]], limit, lambda view: view.run)
+        return page([RunView.of(record) for record in records[start:]], limit, lambda view: view.run)
 
-    @router.get(PREFIX + "/runs/{run}", tags=["runs"], responses=_problems(404, 422))
+    @router.get(PREFIX + "/runs/{run}", tags=["runs"], responses=problems(404, 422))
     def one_run(run: str) -> RunView:
         """Return one run."""
         return RunView.of(_known(store, run))
 
-    @router.get(PREFIX + "/runs/{run}/rounds", tags=["runs"], responses=_problems(404, 422))
+    @router.get(PREFIX + "/runs/{run}/rounds", tags=["runs"], responses=problems(404, 422))
     def rounds(run: str, limit: Limit = 200, after: Annotated[int, Query(ge=0)] = 0) -> Page[RoundView]:
         """Return the rounds of a run, with accuracy, joules and bytes over their updates."""
         _known(store, run)
@@ -139,7 +139,7 @@ def _add_runs(router: APIRouter, store: Store) -> None:
         found = views(records[:limit], updates)
         return Page[RoundView](items=found, next=str(found[-1].round) if len(records) > limit else None)
 
-    @router.get(PREFIX + "/runs/{run}/energy", tags=["runs"], responses=_problems(404, 422))
+    @router.get(PREFIX + "/runs/{run}/energy", tags=["runs"], responses=problems(404, 422))
     def energy(
         run: str,
         accuracy: Annotated[float | None, Query(gt=0, le=1, description="What did reaching it take?")] = None,
@@ -153,7 +153,7 @@ def _add_runs(router: APIRouter, store: Store) -> None:
         other = None if against is None else read(store, _known(store, against).run)
         return energy_report(read(store, run), accuracy=accuracy, other=other, radio_km=radio_km)
 
-    @router.get(PREFIX + "/runs/{run}/rounds/{n}/updates", tags=["runs"], responses=_problems(404, 422))
+    @router.get(PREFIX + "/runs/{run}/rounds/{n}/updates", tags=["runs"], responses=problems(404, 422))
     def round_updates(run: str, n: int) -> list[UpdateView]:
         """Return the updates of one round, by agent."""
         _known(store, run)
@@ -161,16 +161,16 @@ def _add_runs(router: APIRouter, store: Store) -> None:
             raise HTTPException(404, f"run {run!r} has no round {n}")
         return [UpdateView.of(record) for record in store.updates(run, n)]
 
-    @router.get(PREFIX + "/runs/{run}/updates", tags=["runs"], responses=_problems(400, 404, 422))
+    @router.get(PREFIX + "/runs/{run}/updates", tags=["runs"], responses=problems(400, 404, 422))
     def updates(run: str, limit: Limit = 200, after: After = None) -> Page[UpdateView]:
         """Return the updates of a run by round and agent; `after` is written round/agent."""
         _known(store, run)
         records = store.history(run, after=_key(after), limit=limit + 1)
-        return _page([UpdateView.of(record) for record in records], limit, lambda u: f"{u.round}/{u.agent}")
+        return page([UpdateView.of(record) for record in records], limit, lambda u: f"{u.round}/{u.agent}")
 
 
 def _add_lists(router: APIRouter, store: Store) -> None:
-    @router.get(PREFIX + "/artifacts", tags=["artifacts"], responses=_problems(422))
+    @router.get(PREFIX + "/artifacts", tags=["artifacts"], responses=problems(422))
     def artifacts(
         run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
     ) -> Page[Manifest]:
@@ -178,21 +178,21 @@ def _add_lists(router: APIRouter, store: Store) -> None:
         found = store.artifacts(run, after=after, limit=limit + 1)
         return Page[Manifest](items=found[:limit], next=str(after + limit) if len(found) > limit else None)
 
-    @router.get(PREFIX + "/refusals", tags=["runs"], responses=_problems(422))
+    @router.get(PREFIX + "/refusals", tags=["runs"], responses=problems(422))
     def refusals(
         run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
     ) -> Page[RefusalView]:
         """Return refusals, oldest first."""
         found = [RefusalView.of(r) for r in store.refusals(run, after_id=after, limit=limit + 1)]
-        return _page(found, limit, lambda refusal: str(refusal.id))
+        return page(found, limit, lambda refusal: str(refusal.id))
 
-    @router.get(PREFIX + "/quarantine", tags=["runs"], responses=_problems(422))
+    @router.get(PREFIX + "/quarantine", tags=["runs"], responses=problems(422))
     def quarantine(run: str | None = None, limit: Limit = 100, after: After = None) -> Page[Case]:
         """Return updates that were kept apart and not merged, newest first."""
         found = store.quarantine.cases(run)
         ids = [case.id for case in found]
         start = ids.index(after) + 1 if after in ids else 0
-        return _page(found[start:], limit, lambda case: case.id)
+        return page(found[start:], limit, lambda case: case.id)
 
 
 def _add_control(
@@ -204,7 +204,7 @@ def _add_control(
             return RunAnswer(run=run, state="waiting")
         return RunAnswer(run=run, state=(await asyncio.to_thread(store.run, run)).state)
 
-    @router.post(PREFIX + "/runs", tags=["control"], status_code=202, responses=_problems(403, 409, 422))
+    @router.post(PREFIX + "/runs", tags=["control"], status_code=202, responses=problems(403, 409, 422))
     async def start(request: StartRun) -> RunAnswer:
         """Begin a run; what is not given is as in the coordinator's settings."""
         named = request.named(datetime.fromtimestamp(clock(), UTC))
@@ -213,7 +213,7 @@ def _add_control(
         await control.start(named)
         return await standing(named.name)
 
-    @router.post(PREFIX + "/runs/{run}/stop", tags=["control"], responses=_problems(403, 404, 409, 422))
+    @router.post(PREFIX + "/runs/{run}/stop", tags=["control"], responses=problems(403, 404, 409, 422))
     async def stop(run: str, request: StopRun) -> RunAnswer:
         """End the run that is under way; what its closed rounds made stays."""
         if live.snapshot(live.version).run != run:
@@ -230,7 +230,8 @@ def _known(store: Store, run: str) -> RunRecord:
     return store.run(run)
 
 
-def _page(items: Sequence[T], limit: int, key: Callable[[T], str]) -> Page[T]:
+def page(items: Sequence[T], limit: int, key: Callable[[T], str]) -> Page[T]:
+    """Return the first `limit` items, and where the next page begins."""
     shown = list(items[:limit])
     return Page(items=shown, next=key(shown[-1]) if len(items) > limit else None)
 

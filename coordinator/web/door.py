@@ -156,6 +156,7 @@ class Door:
                 status = message["status"]
             await send(message)
 
+        scope["hedgerow.who"] = who
         await self._app(scope, receive, noted)
         if self._records is not None and request.method not in SAFE and status < 400:
             what = f"{request.method} {request.url.path}"[:300]

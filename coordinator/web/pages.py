@@ -20,6 +20,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from coordinator.live import Live
+from coordinator.rollout.picture import stands
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web.models import RoundView, UpdateView, number, views
@@ -128,13 +129,15 @@ def _told(store: Store, run: RunRecord | None) -> Json:
         before = (records[0].round, "") if records else None  # names have at least one letter
         updates = [UpdateView.of(record) for record in store.history(run.run, after=before)]
         rounds = views(records, updates)
+    artifacts = store.artifacts(run.run if run else None, limit=ARTIFACTS_SHOWN)
     return {
         "runs": store.runs(),
         "rounds": rounds,
         "chart": chart(rounds),
         "updates": _latest(updates),
         "updates_total": store.count_updates(run.run) if run else 0,
-        "artifacts": store.artifacts(run.run if run else None, limit=ARTIFACTS_SHOWN),
+        "artifacts": artifacts,
+        "stands": stands(store, artifacts),
         "refusals": store.refusals(run.run)[-EVENTS_SHOWN:][::-1] if run else [],
         "events": store.latest_events(EVENTS_SHOWN),
     }

@@ -1,5 +1,6 @@
-"""What a device's owner decides about its models: pin one, let go of it, go back to the one before.
+"""What is decided about a device's models: pin one, let go of it, go back to the one before.
 
+By its owner, and by the coordinator for its owner (edge_agent/orders.py), whose pin gives way to the owner's.
 Links and the record of the folder are changed; the server that follows it does the rest within a second,
 and one that is not running does it at its start.
 """
@@ -10,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.serving import record
-from export.folder import CURRENT, FALLBACK, GOOD, LINKS, PINNED, PREVIOUS, SERVING, linked, load_artifact
+from export.folder import (
+    CURRENT,
+    FALLBACK,
+    GOOD,
+    LINKS,
+    ORDERED,
+    PINNED,
+    PREVIOUS,
+    SERVING,
+    linked,
+    load_artifact,
+)
 from foundation.artifact import Manifest
 from foundation.errors import ExportError
 from foundation.messages import Verdict
@@ -56,10 +68,11 @@ HERE = "command line"
 """By whom, where it is not said: whoever types on this device."""
 
 
-def pin(folder: Path, wanted: str | None = None, *, by: str = HERE) -> Manifest:
+def pin(folder: Path, wanted: str | None = None, *, by: str = HERE, link: str = PINNED) -> Manifest:
     """Pin an artifact by its round or the beginning of its SHA-256; without, the one that serves.
 
-    `by` is written down beside it. Raises `ExportError` when there is no such artifact, or several.
+    `by` is written down beside it, `link` says whose pin it is. Raises `ExportError` when there
+    is no such artifact, or several.
     """
     if wanted is None:
         name = linked(folder, SERVING) or linked(folder, CURRENT)
@@ -71,17 +84,17 @@ def pin(folder: Path, wanted: str | None = None, *, by: str = HERE) -> Manifest:
         what = "several artifacts are" if chosen else "no artifact is"
         raise ExportError(f"{what} {wanted or 'serving'!r}; there are rounds {there or 'none'}")
     manifest = chosen[0].manifest
-    record.note(folder, action=record.action("pin", manifest, by), links={PINNED: manifest.sha256})
+    record.note(folder, action=record.action("pin", manifest, by), links={link: manifest.sha256})
     return manifest
 
 
-def unpin(folder: Path, *, by: str = HERE) -> bool:
+def unpin(folder: Path, *, by: str = HERE, link: str = PINNED) -> bool:
     """Let the folder's newest artifact serve again, if it proves itself; returns whether one was pinned."""
-    if not (folder / PINNED).is_symlink():
+    if not (folder / link).is_symlink():
         return False
-    pinned = linked(folder, PINNED)
+    pinned = linked(folder, link)
     manifest = next((one.manifest for one in known(folder)[0] if one.manifest.sha256 == pinned), None)
-    record.note(folder, action=record.action("unpin", manifest, by), links={PINNED: None})
+    record.note(folder, action=record.action("unpin", manifest, by), links={link: None})
     return True
 
 
@@ -90,6 +103,7 @@ def roll_back(
 ) -> tuple[Verdict, Manifest]:
     """Bar the model that serves, so that an earlier one does; returns the verdict and the earlier one.
 
+    A pin of the coordinator's ends with it.
     Raises `ExportError` when the model is pinned, or when no earlier one is whole.
     """
     if linked(folder, PINNED) is not None:
@@ -97,10 +111,11 @@ def roll_back(
     serving = linked(folder, SERVING) or linked(folder, CURRENT)
     if serving is None:
         raise ExportError(f"nothing in {folder} serves")
-    barred = record.read(folder).barred
+    said = record.read(folder)
     for link in (GOOD, FALLBACK, PREVIOUS):
         name = linked(folder, link)
-        if name is None or name == serving or name in barred:
+        waits = link == PREVIOUS and said.holds(name or "")
+        if name is None or name == serving or name in said.barred or waits:
             continue
         try:
             earlier = load_artifact(folder / name)[0]
@@ -108,7 +123,8 @@ def roll_back(
             continue  # not whole: the next one may be
         verdict = record.verdict_on(folder / serving, "rolled_back", reason)
         told = next((one.manifest for one in known(folder)[0] if one.manifest.sha256 == serving), None)
-        record.note(folder, verdict, bar=True, action=record.action("rollback", told, by, reason))
+        action = record.action("rollback", told, by, reason)
+        record.note(folder, verdict, bar=True, action=action, links={ORDERED: None})
         return verdict, earlier
     raise ExportError(f"there is no earlier model in {folder} to go back to")
 

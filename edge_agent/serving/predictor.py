@@ -23,7 +23,7 @@ from edge_agent.serving.admission import Handle as Handle
 from edge_agent.serving.admission import keep, load, owner_of, run, side_by_side
 from edge_agent.serving.optimized import Choice, Forms
 from edge_agent.serving.trial import Band, Trial, Window
-from export.folder import CURRENT, FALLBACK, GOOD, PINNED, PREVIOUS, SERVING, linked, resolve
+from export.folder import CURRENT, FALLBACK, GOOD, ORDERED, PINNED, PREVIOUS, SERVING, linked, resolve
 from export.proof import LARGEST_BATCH
 from foundation import halt
 from foundation.artifact import Manifest
@@ -178,9 +178,10 @@ class Predictor:
     def reload(self) -> Reload:
         """Judge the model on trial, then move to what the folder wants to be served, if that is another one.
 
-        That is what its owner pinned, else what is current, if it proves itself and is not worse than the
-        model that serves. Otherwise the model that answers stays, and the refusal says why; the same
-        artifact is not tried again until its link or its files change.
+        That is what its owner pinned, else the coordinator, else what is current, if it need not wait for
+        the coordinator's word (docs/rollout.md), proves itself and is not worse than the model that serves.
+        Otherwise the model that answers stays, and the refusal says why; the same artifact is not tried
+        again until its link or its files change.
         """
         with self._reloading:
             seen = _seen(self._folder, self._refused)  # first: what changes from here on is looked at again
@@ -266,12 +267,20 @@ class Predictor:
         """Return the folder of the model that should answer, and whether its owner chose it."""
         if self._alone:
             return resolve(self._folder), True
-        if (pinned := linked(self._folder, PINNED)) is not None:
+        if (pinned := self._pinned()) is not None:
             return (self._folder / pinned).resolve(), True
-        target = resolve(self._folder)
-        if target.name in record.read(self._folder).barred:
+        target, said = resolve(self._folder), record.read(self._folder)
+        if target.name in said.barred or self._waits(target, said):
             return self._serving.handle.folder, False
         return target, False
+
+    def _pinned(self) -> str | None:
+        return linked(self._folder, PINNED) or linked(self._folder, ORDERED)
+
+    def _waits(self, folder: Path, said: record.Record) -> bool:
+        """Whether a model may not answer before the coordinator lets it; one that was good here may."""
+        good = (linked(self._folder, GOOD), linked(self._folder, FALLBACK))
+        return said.holds(folder.name) and folder.name not in good
 
     def _moved_on(self, target: Path) -> bool:
         try:
@@ -354,7 +363,7 @@ class Predictor:
     def _called_back(self) -> Reload | None:
         """Go back to an earlier model when the one that serves was barred by hand."""
         serving = self._serving
-        if self._alone or linked(self._folder, PINNED) is not None:
+        if self._alone or self._pinned() is not None:
             return None
         said = record.read(self._folder)
         if serving.handle.folder.name not in said.barred or serving.handle is self._stuck:
@@ -363,7 +372,7 @@ class Predictor:
             (v.reason for v in reversed(said.verdicts) if v.sha256 == serving.handle.folder.name), "barred"
         )
         for folder in self._earlier():
-            if folder == serving.handle.folder or folder.name in said.barred:
+            if folder == serving.handle.folder or folder.name in said.barred or self._waits(folder, said):
                 continue
             try:
                 handle = load(folder, self._agent, self._forms)
@@ -405,13 +414,13 @@ class Predictor:
         raise reasons[0]
 
     def _candidates(self, current: Path) -> Iterator[Path]:
-        barred = record.read(self._folder).barred
-        if (pinned := linked(self._folder, PINNED)) is not None:
+        said = record.read(self._folder)
+        if (pinned := self._pinned()) is not None:
             yield (self._folder / pinned).resolve()
         earlier = list(self._earlier())
         known = [*earlier[:1], current, *earlier] if linked(self._folder, GOOD) else [current, *earlier]
-        yield from (folder for folder in known if folder.name not in barred)
-        yield from known  # a model that was rolled back is better than none
+        yield from (f for f in known if f.name not in said.barred and not self._waits(f, said))
+        yield from known  # a model that was rolled back, or waits, is better than none
 
     def _note(self, verdict: Verdict, *, bar: bool, links: dict[str, str | None] | None = None) -> None:
         if self._alone:

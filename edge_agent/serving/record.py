@@ -1,7 +1,8 @@
 """What a serving process decided, in `artifacts/serving.json`: the agent reads it, the next process too.
 
 Which artifact is which is said by links beside it (export/folder.py): `serving` answers, `good` is the last
-one that kept within its band, `fallback` the one before that, `pinned` its owner's choice. A file that
+one that kept within its band, `fallback` the one before that, `pinned` its owner's choice, `ordered` the
+coordinator's. A file that
 cannot be read is taken for an empty one, with a warning: it bars nothing then, and every model is looked
 at anew.
 """
@@ -9,7 +10,7 @@ at anew.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ from export import folder as artifacts
 from foundation.artifact import Manifest
 from foundation.errors import ExportError
 from foundation.frozen import Frozen
-from foundation.messages import Verdict
+from foundation.messages import Done, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ FILE = "serving.json"
 KEPT_VERDICTS = 16
 KEPT_BARRED = 64
 KEPT_ACTIONS = 32
+KEPT_RELEASED = 16
+KEPT_DONE = 16
 _LONGEST_BY = 80
 LARGEST_BYTES = 256 << 10
 _LONGEST_REASON = 1000
@@ -60,6 +63,21 @@ class Record(Frozen):
     """Newest last."""
     actions: tuple[Action, ...] = Field((), max_length=KEPT_ACTIONS)
     """Newest last."""
+    hold: bool = False
+    """Whether new models wait until the coordinator lets them serve."""
+    released: tuple[str, ...] = Field((), max_length=KEPT_RELEASED)
+    """SHA-256 of models that need not wait. Newest last."""
+    done: tuple[Done, ...] = Field((), max_length=KEPT_DONE)
+    """What came of the coordinator's commands. Newest last."""
+
+    def holds(self, sha256: str) -> bool:
+        """Whether a model waits for the coordinator's word."""
+        return self.hold and sha256 not in self.released
+
+    def with_released(self, sha256: str) -> Record:
+        """Return the record in which a model need not wait."""
+        others = tuple(sha for sha in self.released if sha != sha256)
+        return self.model_copy(update={"released": (*others, sha256)[-KEPT_RELEASED:]})
 
     def with_verdict(self, verdict: Verdict, *, bar: bool) -> Record:
         """Return the record with one more verdict; with `bar`, its model is not taken again.
@@ -125,6 +143,21 @@ def note(
         return content if record is before else record.model_dump_json(indent=1).encode()
 
     artifacts.update(root, FILE, change, links)
+
+
+def change(root: Path, how: Callable[[Record], Record]) -> None:
+    """Replace the record by what `how` makes of it; raises `ExportError` when the disk refuses."""
+
+    def changed(content: bytes) -> bytes:
+        before = parse(content)
+        after = how(before)
+        return content if after == before else after.model_dump_json(indent=1).encode()
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{root} cannot be made: {error}") from error
+    artifacts.update(root, FILE, changed)
 
 
 def verdict_on(

@@ -26,9 +26,7 @@ PASSWORD = "a password"
 
 def page(language: str, first: str) -> str:
     """The block of the page that begins with these words, for a broker called localhost."""
-    (text,) = [
-        b.text for b in blocks(language) if b.page == "docs/fleet.md" and b.text.startswith(first)
-    ]
+    (text,) = [b.text for b in blocks(language) if b.page == "docs/fleet.md" and b.text.startswith(first)]
     return text.replace("laptop.lan", "localhost")
 
 

@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 from coordinator.app import create_app
 from coordinator.home_discovery import config_topic
 from coordinator.live import Live
-from coordinator.settings import CoordinatorSettings, HomeAssistantSettings
+from coordinator.rollout.steward import Steward
+from coordinator.roster import Roster
+from coordinator.settings import CoordinatorSettings, HomeAssistantSettings, RolloutSettings
 from coordinator.strategies.base import available, load_strategy
 from coordinator.web.models import StartRun, StopRun
 from edge_agent.datasets import load as load_data
@@ -61,6 +63,7 @@ LONGEST = {
     "models": 320,
     "swap": 110,
     "fleet": 160,
+    "rollout": 120,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -233,7 +236,11 @@ def web() -> FastAPI:
         async def start(self, request: StartRun) -> None: ...
         async def stop(self, reason: str) -> None: ...
 
-    return create_app(None, Live(), Nobody())  # type: ignore[arg-type]  # no route is called
+    async def nobody(agent: str, body: bytes) -> None: ...
+
+    store: Any = None  # no route is called
+    steward = Steward(RolloutSettings(), store=store, live=Live(), roster=Roster(), send=nobody)
+    return create_app(store, Live(), Nobody(), models=steward)
 
 
 CURLS = [words for _, words in commands("curl")]
