@@ -43,6 +43,7 @@ from foundation.errors import (
     FrameMismatch,
     HedgerowError,
     NotConnected,
+    PublishRefused,
     RoundError,
     SettingsError,
     WireError,
@@ -871,7 +872,7 @@ class Engine:
     async def _publish(self, agent: str, what: str, body: str) -> None:
         try:
             await self.transport.publish(self.topics.of(agent, what), body.encode())
-        except NotConnected as error:
+        except (NotConnected, PublishRefused) as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
 
 
