@@ -73,6 +73,8 @@ PACKET_ROOM = 64
 TOPIC_ROOM = 300
 """Bytes of our longest topic, at most (foundation/topics.py: names are up to 64 letters)."""
 SMALLEST_BODY = 1_024
+SUSPECT_BODY = 4_096
+"""Bodies are not halved below this on suspicion alone."""
 _TOO_LARGE = 0x95
 _V5, _V311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 
@@ -768,9 +770,31 @@ class MqttTransport:
             return
         self._said = asyncio.get_running_loop().time()
         self._quick_losses = self._quick_losses + 1 if self._said - self._since < 5 else 0
+        self._suspect_size(self._link)
         hint = f"; is another client called {self._client_id}?" if self._quick_losses >= 3 else ""
         logger.warning(
             "lost the broker at %s (%s), connecting again%s", self._settings.address, trouble, hint
+        )
+
+    def _suspect_size(self, link: _Link) -> None:
+        """Try half the size where connection after connection ends on something large, never confirmed.
+
+        A broker may say no more than that to a packet over its limit; paho would send it again for ever.
+        """
+        largest = max((len(parcel.body) for parcel in self._unacked.values()), default=0)
+        if self._quick_losses < 3 or self._progress > self._since or largest < 2 * SUSPECT_BODY:
+            return
+        self._learn_size(largest)
+        self._quick_losses = 0
+        link.renew()
+
+    def _learn_size(self, too_large: int) -> None:
+        self._learnt_bytes = max(SMALLEST_BODY, too_large // 2)
+        logger.warning(
+            "%s seems to take no body of %d bytes; %d from now on (mqtt.max_part_bytes says what it takes)",
+            self._settings.address,
+            too_large,
+            self.max_body_bytes,
         )
 
     def on_acknowledged(self, mid: int) -> None:
@@ -791,14 +815,7 @@ class MqttTransport:
         self._progress = asyncio.get_running_loop().time()
         error: TransportError | FrameTooLarge
         if code == _TOO_LARGE and len(parcel.body) > SMALLEST_BODY:
-            # It acknowledges what it drops in 3.1.1; here it says so, and the next attempt is half as large.
-            self._learnt_bytes = max(SMALLEST_BODY, len(parcel.body) // 2)
-            logger.warning(
-                "%s takes no body of %d bytes; %d from here on (set mqtt.max_part_bytes to what it takes)",
-                self._settings.address,
-                len(parcel.body),
-                self.max_body_bytes,
-            )
+            self._learn_size(len(parcel.body))
             error = self._too_large(parcel.topic, parcel.body)
         else:
             who = f"user {self._settings.username or '(anonymous)'}, client id {self._client_id}"
@@ -938,6 +955,10 @@ class _Link:
             with contextlib.suppress(OSError):  # it may be gone already
                 open_socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
 
+    def renew(self) -> None:
+        """Go on with a new client after the connection that was just lost."""
+        self._smaller = True
+
     def join(self, timeout_s: float) -> None:
         """Wait for the thread to be gone."""
         if self._thread is not None:
@@ -957,6 +978,7 @@ class _Link:
                 wait_s = BACKOFF_S[0] if self._was_connected else min(2 * wait_s, BACKOFF_S[1])
                 # Many agents lose one broker at once and must not all come back in the same instant.
                 self._stopping.wait(wait_s * random.uniform(0.5, 1.0))
+                self._renew()
         finally:
             if self._stopping.is_set():
                 # paho closes its inner pair of sockets when the client goes: now, not at some collection.
@@ -968,6 +990,7 @@ class _Link:
         """Take a new client where the version was wrong or packets became smaller; true to go on at once."""
         at_once = self._other_version or self._smaller
         silent = not (self._settled or self._was_connected or self._refused or at_once) and self._opened
+        self._opened = False
         if self._stopping.is_set() or not (at_once or silent):
             return False
         if not self._smaller:
@@ -989,9 +1012,7 @@ class _Link:
         except OSError as error:
             trouble = _in_words(error)
         except Exception as error:  # the thread outlives whatever paho raises; logged, and reported as a loss
-            # A broker of 3.1.1 may answer MQTT 5 with what paho cannot read.
-            level = logging.ERROR if self._settled else logging.DEBUG
-            logger.log(level, "the MQTT connection to %s failed", self._settings.address, exc_info=True)
+            logger.exception("the MQTT connection to %s failed", self._settings.address)
             trouble = f"{type(error).__name__}: {error}"
         if self._was_connected:
             self._post(lambda: self._owner.on_lost(trouble))
@@ -1010,6 +1031,8 @@ class _Link:
             code = self.client.loop(1.0 if not self._stopping.is_set() else 0.1)
             self._flush()
             if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self.client.socket() is None:
+                if code == MQTTErrorCode.MQTT_ERR_PROTOCOL and not self._settled and self._version == _V5:
+                    self._other_version = True  # a broker of 3.1.1 that answers MQTT 5 in its own way
                 if self._was_connected:
                     words = (
                         paho.error_string(code).rstrip(".").lower() if code else "the connection was closed"

@@ -61,6 +61,7 @@ LONGEST = {
     "models": 320,
     "swap": 110,
     "fleet": 160,
+    "brokers": 90,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
