@@ -45,6 +45,7 @@ from foundation.errors import (
     FrameMismatch,
     HedgerowError,
     NotConnected,
+    PublishRefused,
     RoundError,
     SettingsError,
     StoreError,
@@ -911,7 +912,7 @@ class Engine:
     async def _publish(self, agent: str, what: str, body: bytes) -> None:
         try:
             await self.transport.publish(self.topics.of(agent, what), body)
-        except NotConnected as error:
+        except (NotConnected, PublishRefused) as error:
             logger.warning("not published", extra={"what": what, "reason": str(error)})
 
 

@@ -57,6 +57,7 @@ from foundation.errors import (
     FrameMismatch,
     HedgerowError,
     NotConnected,
+    PublishRefused,
     UnknownVerb,
     WireError,
     WorkRefused,
@@ -892,7 +893,7 @@ class Agent:
     async def _publish(self, what: str, body: str, *, retain: bool = False, qos: int = 1) -> None:
         try:
             await self.transport.publish(self._topic(what), body.encode(), retain=retain, qos=qos)
-        except NotConnected as error:
+        except (NotConnected, PublishRefused) as error:
             # Retained letters are sent again on reconnect; telemetry is out of date by then; a refusal
             # that is lost is made again when the coordinator offers the work again.
             logger.warning("not published", extra={"what": what, "reason": str(error)})

@@ -14,6 +14,7 @@ HedgerowError
 │       └── NotEnrolled      a device that never joined, or was revoked
 ├── TransportError           the broker or the link
 │   ├── NotConnected         no broker within the deadline
+│   ├── PublishRefused       the broker says no to a letter
 │   └── DeliveryFailed       the other side did not take the frame in time, or refused it
 ├── JoinRefused              a device may not join, or the other side cannot prove who it is
 ├── RoundError
@@ -99,6 +100,10 @@ class TransportError(HedgerowError):
 
 class NotConnected(TransportError):  # noqa: N818
     """There is no connection to the broker within the deadline."""
+
+
+class PublishRefused(TransportError):  # noqa: N818
+    """The broker said no to a letter: its access list, a quota; the message names the topic."""
 
 
 class DeliveryFailed(TransportError):  # noqa: N818

@@ -7,6 +7,10 @@ only after paho has finished the packet they came from: what we say after a reco
 
 The broker is trusted to remember nothing: after each connect we subscribe again and publish again every
 retained topic we ever wrote (a Mosquitto that was killed has lost both).
+
+MQTT 5 where the broker speaks it, else 3.1.1. What 5 adds is used and never needed: sessions and letters that
+are not retained expire, a refused publish is told and not acknowledged in silence, and what the broker says
+it takes (`BrokerLimits`) bounds what is sent.
 """
 
 from __future__ import annotations
@@ -17,24 +21,28 @@ import logging
 import random
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from foundation.errors import FrameTooLarge, NotConnected, SettingsError, TransportError
+from foundation.errors import FrameTooLarge, NotConnected, PublishRefused, SettingsError, TransportError
 from foundation.frozen import Frozen
+from foundation.topics import PROTOCOL
 from foundation.transport import Letter, matches
 
 logger = logging.getLogger(__name__)
@@ -58,6 +66,17 @@ REPEAT_S = 30.0
 """How often an outage after that is logged."""
 SELECT_FILES = 1_024
 """paho waits with select(), which takes no file descriptor from here on."""
+TRY_S = 4.0
+"""How long `mqtt.version = "auto"` waits for an answer to MQTT 5 before it tries 3.1.1."""
+PACKET_ROOM = 64
+"""Bytes of a PUBLISH beside topic and body, at most."""
+TOPIC_ROOM = 300
+"""Bytes of our longest topic, at most (foundation/topics.py: names are up to 64 letters)."""
+SMALLEST_BODY = 1_024
+SUSPECT_BODY = 4_096
+"""Bodies are not halved below this on suspicion alone."""
+_TOO_LARGE = 0x95
+_V5, _V311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 
 
 def told_keepalive_s(keepalive_s: int) -> int:
@@ -87,9 +106,18 @@ class MqttSettings(Frozen):
     key_file: Path | None = None
     insecure: bool = False
     """Do not verify the broker's certificate. For self-signed test beds only."""
+    version: Literal["auto", "5", "3.1.1"] = "auto"
+    """`auto` tries MQTT 5 and falls back to 3.1.1."""
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     max_part_bytes: int = Field(default=120_000, ge=1_024, le=268_000_000)
-    """Largest body of one publish, header included; 120,000 passes every broker we know, AWS IoT Core too."""
+    """Largest body of one publish, header included; 120,000 passes every broker we know, AWS IoT Core too.
+
+    Where the broker says (MQTT 5) that it takes less, less is sent.
+    """
+    session_expiry_s: int = Field(default=86_400, ge=0, le=2**32 - 1)
+    """MQTT 5: how long the broker keeps our session while we are away."""
+    message_expiry_s: int = Field(default=3_600, ge=1, le=2**32 - 1)
+    """MQTT 5: how long the broker keeps a letter that is not retained for someone who is away."""
     connect_timeout_s: float | None = Field(default=10.0, gt=0)
     """How long opening waits for the broker; `None` waits for ever and logs every few seconds."""
     patience_s: float = Field(default=60.0, gt=0)
@@ -283,6 +311,54 @@ class Letters:
         return letter
 
 
+@dataclass(frozen=True, slots=True)
+class BrokerLimits:
+    """What a broker said at connect; `None` where it said nothing, which is all that 3.1.1 says."""
+
+    version: Literal["5", "3.1.1"]
+    packet_bytes: int | None = None
+    """Largest packet it takes."""
+    receive: int | None = None
+    """Publishes with QoS 1 that it takes before it has acknowledged any."""
+    qos: int | None = None
+    """Highest quality of service."""
+    retains: bool = True
+    keepalive_s: int | None = None
+    """The keepalive it sets in place of ours."""
+
+    @classmethod
+    def of(cls, properties: Properties | None, *, five: bool) -> Self:
+        """Read the properties of a CONNACK."""
+        if not five or properties is None:
+            return cls("5" if five else "3.1.1")
+        return cls(
+            "5",
+            packet_bytes=getattr(properties, "MaximumPacketSize", None),
+            receive=getattr(properties, "ReceiveMaximum", None),
+            qos=getattr(properties, "MaximumQoS", None),
+            retains=bool(getattr(properties, "RetainAvailable", 1)),
+            keepalive_s=getattr(properties, "ServerKeepAlive", None),
+        )
+
+    @property
+    def body_bytes(self) -> int | None:
+        """Largest body that a packet holds beside any topic of ours."""
+        return None if self.packet_bytes is None else self.packet_bytes - PACKET_ROOM - TOPIC_ROOM
+
+    def wanting(self) -> str:
+        """Say what we need and this broker does not give; empty where it gives all."""
+        if self.qos is not None and self.qos < 1:
+            return "the broker offers QoS 0 only, and nothing here works without acknowledgements"
+        if not self.retains:
+            return "the broker retains nothing, and who is present is told by retained letters"
+        if self.body_bytes is not None and self.body_bytes < SMALLEST_BODY:
+            return (
+                f"the broker takes packets of at most {self.packet_bytes} bytes, and we need"
+                f" {SMALLEST_BODY + PACKET_ROOM + TOPIC_ROOM}; raise its largest packet size"
+            )
+        return ""
+
+
 @dataclass(slots=True, eq=False)
 class _Parcel:
     """A publish with QoS 1 between its caller and its acknowledgement."""
@@ -295,7 +371,7 @@ class _Parcel:
 
 
 class MqttTransport:
-    """A `Transport` over a real broker: MQTT 3.1.1, which every broker speaks; sessions kept unless `clean`.
+    """A `Transport` over a real broker, in MQTT 5 or 3.1.1; sessions kept unless `clean`.
 
     `will` is (topic, body): the broker publishes it, retained and with QoS 1, when this connection breaks
     without a goodbye. Delivery to the broker is at least once: a publish that raised `NotConnected` may still
@@ -319,6 +395,9 @@ class MqttTransport:
         self._client_id = client_id
         self._will = will
         self._clean = clean
+        self.limits: BrokerLimits | None = None
+        """What the broker said at the last connect; `None` before the first."""
+        self._learnt_bytes: int | None = None
         if will is not None:
             self._check(will[0], will[1], 1)
         self._link: _Link | None = None
@@ -362,6 +441,18 @@ class MqttTransport:
     def overflowed(self) -> int:
         """Letters dropped because their reader was too far behind."""
         return self._overflowed + self._early.dropped + sum(inbox.dropped for inbox in self._inboxes)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body to publish: of the setting, and what the broker has said or shown that it takes."""
+        said = self.limits.body_bytes if self.limits else None
+        bounds = (self._settings.max_part_bytes, said, self._learnt_bytes)
+        return min(bound for bound in bounds if bound is not None)
+
+    @property
+    def window(self) -> int:
+        """Publishes with QoS 1 that may wait for their acknowledgement at once, at this broker."""
+        return min(WINDOW, (self.limits.receive if self.limits else None) or WINDOW)
 
     # Opening and closing
 
@@ -437,8 +528,8 @@ class MqttTransport:
 
         A retained body is remembered and published again after every reconnect; an empty one is forgotten.
         With QoS 0 and no connection the body is dropped and counted. Raises `NotConnected` when the broker
-        has confirmed nothing for `patience_s`, `FrameTooLarge` over `max_part_bytes`, `ValueError` for a
-        topic with wildcards.
+        has confirmed nothing for `patience_s`, `PublishRefused` when it said no (MQTT 5 only: in 3.1.1 it
+        keeps that to itself), `FrameTooLarge` over `max_body_bytes`, `ValueError` for a topic with wildcards.
         """
         self._check(topic, body, qos)
         link = self._link
@@ -469,19 +560,21 @@ class MqttTransport:
             raise ValueError(f"QoS {qos} is not offered: use 0 or 1")
         if not topic or "+" in topic or "#" in topic or "\0" in topic or len(topic.encode()) > 65_535:
             raise ValueError(f"cannot publish to {topic[:200]!r}: a topic is not empty and has no wildcards")
-        if len(body) > self._settings.max_part_bytes:
+        if len(body) > self.max_body_bytes:
             # paho would send it again after each reconnect for ever, and block all that is behind it.
-            raise FrameTooLarge(
-                f"{len(body)} bytes for {topic} are over"
-                f" mqtt.max_part_bytes = {self._settings.max_part_bytes}: send it in parts"
-            )
+            raise self._too_large(topic, body)
+
+    def _too_large(self, topic: str, body: bytes) -> FrameTooLarge:
+        bound, ours = self.max_body_bytes, self._settings.max_part_bytes
+        whose = f"mqtt.max_part_bytes = {ours}" if bound == ours else f"the {bound} that the broker takes"
+        return FrameTooLarge(f"{len(body)} bytes for {topic} are over {whose}: send it in parts")
 
     def _fire(self, link: _Link, topic: str, body: bytes, *, retain: bool) -> None:
         if not self.connected or len(self._loose) >= LOOSE:
             self.dropped += 1
             logger.debug("dropped %s with QoS 0: no connection, or a slow one", topic)
             return
-        info = link.client.publish(topic, body, qos=0, retain=retain)
+        info = link.publish(topic, body, qos=0, retain=retain)
         if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
             self._loose.add(info.mid)
         else:
@@ -489,8 +582,11 @@ class MqttTransport:
 
     def _pump(self) -> None:
         """Hand waiting parcels to paho while there is a connection and room in the window."""
-        while self._waiting and self.connected and self._link is not None and len(self._unacked) < WINDOW:
+        while self._waiting and self.connected and self._link and len(self._unacked) < self.window:
             parcel = self._waiting.popleft()
+            if len(parcel.body) > self.max_body_bytes:  # the broker came back with a smaller limit
+                _settle(parcel, self._too_large(parcel.topic, parcel.body))
+                continue
             if not self._hand_over(self._link, parcel):
                 self._waiting.appendleft(parcel)
                 asyncio.get_running_loop().call_later(0.05, self._pump)
@@ -498,7 +594,7 @@ class MqttTransport:
 
     def _hand_over(self, link: _Link, parcel: _Parcel) -> bool:
         """Give one parcel to paho, which resends it until it is acknowledged; false when paho has no room."""
-        info = link.client.publish(parcel.topic, parcel.body, qos=1, retain=parcel.retain)
+        info = link.publish(parcel.topic, parcel.body, qos=1, retain=parcel.retain)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             return False
         # The acknowledgement reaches us through the event loop, so it cannot come before this line.
@@ -606,20 +702,29 @@ class MqttTransport:
 
     # What the network thread reports; all of it runs on the event loop
 
-    def on_connected(self, *, session_present: bool) -> None:
+    def on_renewed(self) -> None:
+        """The link goes on with a new client: what the old one held unacknowledged waits again, in order."""
+        held = [parcel for parcel in self._unacked.values() if parcel.done is not None]
+        self._unacked.clear()
+        self._waiting.extendleft(reversed(held))
+
+    def on_connected(self, limits: BrokerLimits, *, session_present: bool) -> None:
         """Subscribe again, say again what is retained, then let the waiting publishes go."""
         link = self._link
         if link is None:
             return
+        self.limits = limits
         self._since = asyncio.get_running_loop().time()
         self._connections += 1
         self.reconnects += self._connections > 1
         log = logger.info if self._connections > 1 else logger.debug
         log(
-            "connected to %s as %s, session kept: %s",
+            "connected to %s as %s with MQTT %s, session kept: %s; bodies of up to %d bytes",
             self._settings.address,
             self._client_id,
+            limits.version,
             session_present,
+            self.max_body_bytes,
         )
         self._subscribe_again(link)
         self._publish_again(link)
@@ -673,9 +778,31 @@ class MqttTransport:
             return
         self._said = asyncio.get_running_loop().time()
         self._quick_losses = self._quick_losses + 1 if self._said - self._since < 5 else 0
+        self._suspect_size(self._link)
         hint = f"; is another client called {self._client_id}?" if self._quick_losses >= 3 else ""
         logger.warning(
             "lost the broker at %s (%s), connecting again%s", self._settings.address, trouble, hint
+        )
+
+    def _suspect_size(self, link: _Link) -> None:
+        """Try half the size where connection after connection ends on something large, never confirmed.
+
+        A broker may say no more than that to a packet over its limit; paho would send it again for ever.
+        """
+        largest = max((len(parcel.body) for parcel in self._unacked.values()), default=0)
+        if self._quick_losses < 3 or self._progress > self._since or largest < 2 * SUSPECT_BODY:
+            return
+        self._learn_size(largest)
+        self._quick_losses = 0
+        link.renew()
+
+    def _learn_size(self, too_large: int) -> None:
+        self._learnt_bytes = max(SMALLEST_BODY, too_large // 2)
+        logger.warning(
+            "%s seems to take no body of %d bytes; %d from now on (mqtt.max_part_bytes says what it takes)",
+            self._settings.address,
+            too_large,
+            self.max_body_bytes,
         )
 
     def on_acknowledged(self, mid: int) -> None:
@@ -685,8 +812,29 @@ class MqttTransport:
         if parcel is None:
             return
         self._progress = asyncio.get_running_loop().time()
-        if parcel.done is not None and not parcel.done.done():
-            parcel.done.set_result(None)
+        _settle(parcel, None)
+        self._pump()
+
+    def on_publish_refused(self, mid: int, code: int, reason: str) -> None:
+        """The broker answered a publish with a no; 3.1.1 has no way to."""
+        parcel = self._unacked.pop(mid, None)
+        if parcel is None:
+            return
+        self._progress = asyncio.get_running_loop().time()
+        error: TransportError | FrameTooLarge
+        if code == _TOO_LARGE and len(parcel.body) > SMALLEST_BODY:
+            self._learn_size(len(parcel.body))
+            error = self._too_large(parcel.topic, parcel.body)
+        else:
+            who = f"user {self._settings.username or '(anonymous)'}, client id {self._client_id}"
+            hint = f": its ACL must let {who}, write it" if code == 0x87 else ""
+            error = PublishRefused(
+                f"the broker at {self._settings.address} refused the publish to {parcel.topic}"
+                f" ({reason.lower()}){hint}"
+            )
+        if parcel.done is None or parcel.done.done():
+            logger.error("%s", error)
+        _settle(parcel, error)
         self._pump()
 
     def on_subscribed(self, mid: int, granted: list[bool]) -> None:
@@ -729,48 +877,76 @@ class _Link:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._owner, self._settings, self._loop = owner, settings, loop
+        self._client_id, self._will, self._clean = client_id, will, clean
+        self._version = _V311 if settings.version == "3.1.1" else _V5
+        self._settled = settings.version != "auto"
+        """Whether the version is known to be right: it was set, or has connected."""
+        self._other_version = False
+        self._body_bytes: int | None = None
+        """The largest body the broker took at the last connect."""
+        self._inflight = WINDOW
+        self._smaller = False
+        self._goodbye = ""
         self._events: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
         self._deadline = 0.0
         self._was_connected = False
         self._refused = False
+        self._opened = False
+        """Whether the broker's port took the connection, whatever came then."""
         self._thread: threading.Thread | None = None
         self._name = f"mqtt-{client_id}"
-        self.client = self._new_client(client_id, will, clean)
+        self.client = self._new_client()
 
-    def _new_client(self, client_id: str, will: tuple[str, bytes] | None, clean: bool) -> paho.Client:
+    def _new_client(self) -> paho.Client:
+        five = self._version == _V5
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            clean_session=clean,
-            protocol=MQTTProtocolVersion.MQTTv311,
+            client_id=self._client_id,
+            clean_session=None if five else self._clean,
+            protocol=self._version,
             reconnect_on_failure=False,  # ours does it; this also keeps paho from falling back to MQTT 3.1
         )
         client.suppress_exceptions = True  # logged by paho; otherwise one would end the thread in silence
         client.enable_logger(paho_logger)
         client.max_queued_messages_set(1_000)
-        client.max_inflight_messages_set(2 * WINDOW)
+        client.max_inflight_messages_set(self._inflight)
         client.connect_timeout = TCP_CONNECT_S
         if self._settings.username is not None:
             client.username_pw_set(self._settings.username, self._settings.secret())
         context = self._settings.tls_context()
         if context is not None:
             client.tls_set_context(context)
-        if will is not None:
-            client.will_set(will[0], will[1], qos=1, retain=True)
+        if self._will is not None:
+            client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
+        client.on_disconnect = self._on_disconnect
         client.on_socket_open = _tune
         # Without this paho writes to the socket from the event loop's thread as well as from ours.
         client.on_socket_register_write = _nothing
-        client.connect_async(
-            self._settings.host, self._settings.port, keepalive=told_keepalive_s(self._settings.keepalive_s)
-        )
+        s = self._settings
+        keepalive = told_keepalive_s(s.keepalive_s)
+        if five:
+            properties = _properties(PacketTypes.CONNECT)
+            properties.SessionExpiryInterval = 0 if self._clean else s.session_expiry_s
+            client.connect_async(
+                s.host, s.port, keepalive=keepalive, clean_start=self._clean, properties=properties
+            )
+        else:
+            client.connect_async(s.host, s.port, keepalive=keepalive)
         return client
 
     # Called from the event loop
+
+    def publish(self, topic: str, body: bytes, *, qos: int, retain: bool) -> paho.MQTTMessageInfo:
+        """Hand a publish to paho, with what MQTT 5 adds to it."""
+        properties = None
+        if self._version == _V5:
+            properties = _publish_properties(None if retain else self._settings.message_expiry_s)
+        return self.client.publish(topic, body, qos=qos, retain=retain, properties=properties)
 
     def start(self) -> None:
         """Start the thread."""
@@ -788,6 +964,10 @@ class _Link:
             with contextlib.suppress(OSError):  # it may be gone already
                 open_socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
 
+    def renew(self) -> None:
+        """Go on with a new client after the connection that was just lost."""
+        self._smaller = True
+
     def join(self, timeout_s: float) -> None:
         """Wait for the thread to be gone."""
         if self._thread is not None:
@@ -802,9 +982,12 @@ class _Link:
                 self._was_connected = False
                 self._connection()
                 self._hang_up()
+                if self._renew():
+                    continue
                 wait_s = BACKOFF_S[0] if self._was_connected else min(2 * wait_s, BACKOFF_S[1])
                 # Many agents lose one broker at once and must not all come back in the same instant.
                 self._stopping.wait(wait_s * random.uniform(0.5, 1.0))
+                self._renew()
         finally:
             if self._stopping.is_set():
                 # paho closes its inner pair of sockets when the client goes: now, not at some collection.
@@ -812,11 +995,28 @@ class _Link:
             self._post(self._owner.on_ended)
             self._flush()
 
+    def _renew(self) -> bool:
+        """Take a new client where the version was wrong or packets became smaller; true to go on at once."""
+        at_once = self._other_version or self._smaller
+        silent = not (self._settled or self._was_connected or self._refused or at_once) and self._opened
+        self._opened = False
+        if self._stopping.is_set() or not (at_once or silent):
+            return False
+        if not self._smaller:
+            self._version = _V311 if self._version == _V5 else _V5
+            logger.debug("%s: trying MQTT %d", self._settings.address, self._version)
+        self._other_version = self._smaller = False
+        self.client = self._new_client()
+        self._post(self._owner.on_renewed)
+        return at_once
+
     def _connection(self) -> None:
         """Connect and serve one connection until it is gone or we are stopped."""
         try:
-            self._refused = False
+            self._refused = self._opened = False
+            self._goodbye = ""
             self.client.reconnect()
+            self._opened = True
             trouble = self._serve()
         except OSError as error:
             trouble = _in_words(error)
@@ -834,18 +1034,22 @@ class _Link:
         open_socket = self.client.socket()
         if open_socket is not None and open_socket.fileno() >= SELECT_FILES:
             return f"this process has {SELECT_FILES} files open and more; run fewer agents in one process"
-        connack_by = time.monotonic() + CONNACK_S
+        patience_s = CONNACK_S if self._settled or self._version == _V311 else TRY_S
+        connack_by = time.monotonic() + patience_s
         while not (self._stopping.is_set() and time.monotonic() >= self._deadline):
             code = self.client.loop(1.0 if not self._stopping.is_set() else 0.1)
             self._flush()
             if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self.client.socket() is None:
+                if code == MQTTErrorCode.MQTT_ERR_PROTOCOL and not self._settled and self._version == _V5:
+                    self._other_version = True  # a broker of 3.1.1 that answers MQTT 5 in its own way
                 if self._was_connected:
-                    return (
+                    words = (
                         paho.error_string(code).rstrip(".").lower() if code else "the connection was closed"
                     )
+                    return self._goodbye or words
                 return "the connection was closed before the broker answered; is TLS needed there, or not?"
             if not self._was_connected and time.monotonic() > connack_by:
-                return f"something accepts the connection but does not answer MQTT within {CONNACK_S:g} s"
+                return f"something accepts the connection but does not answer MQTT within {patience_s:g} s"
         return "closed"
 
     def _hang_up(self) -> None:
@@ -880,13 +1084,47 @@ class _Link:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
+        if reason.getName() == "Unsupported protocol version" and self._settings.version == "auto":
+            self._other_version, self._settled = self._version == _V5, False
+            if self._other_version:
+                return
         if reason.is_failure:
             self._refused = True
             trouble, final = _connack_in_words(reason.getName(), self._settings)
             self._post(lambda: self._owner.on_trouble(trouble, final=final))
             return
+        limits = BrokerLimits.of(properties, five=self._version == _V5)
+        if wanting := limits.wanting():
+            self._refused = True
+            self._post(lambda: self._owner.on_trouble(wanting, final=True))
+            client.disconnect()
+            return
+        self._settled = True
+        if self._shrunk(limits):
+            self._hang_up()
+            return
         self._was_connected = True
-        self._post(lambda: self._owner.on_connected(session_present=flags.session_present))
+        self._post(lambda: self._owner.on_connected(limits, session_present=flags.session_present))
+
+    def _shrunk(self, limits: BrokerLimits) -> bool:
+        """Whether the broker takes less than paho counts on: it would end the connection over that."""
+        before = self._body_bytes, self._inflight
+        self._inflight = min(self._inflight, limits.receive or self._inflight)
+        self._body_bytes = min(self._settings.max_part_bytes, limits.body_bytes or sys.maxsize)
+        # paho holds nothing at the first connection, and takes another window for a new client only.
+        self._smaller = self._body_bytes < (before[0] or 0) or self._inflight < before[1]
+        return self._smaller
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.DisconnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._goodbye = f"the broker said: {reason.getName().lower()}"
 
     def _on_publish(
         self,
@@ -896,7 +1134,11 @@ class _Link:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
-        self._post(lambda: self._owner.on_acknowledged(mid))
+        if reason.is_failure:
+            code, name = reason.value, reason.getName()
+            self._post(lambda: self._owner.on_publish_refused(mid, code, name))
+        else:
+            self._post(lambda: self._owner.on_acknowledged(mid))
 
     def _on_subscribe(
         self,
@@ -917,6 +1159,7 @@ class _Link:
                 "the broker sent %d bytes on a topic that is not UTF-8; dropped", len(message.payload)
             )
             return
+        _look_at_protocol(topic, message.properties)
         letter = Letter(topic, bytes(message.payload), bool(message.retain))
         self._post(lambda: self._owner.on_letter(letter))
 
@@ -930,6 +1173,47 @@ def _check_pattern(pattern: str) -> None:
             f"{pattern[:200]!r} is not a topic pattern: '+' stands for one whole level, '#' at the end for"
             " the rest"
         )
+
+
+def _properties(packet: int) -> Properties:
+    """Return properties that name our protocol."""
+    properties = Properties(packet)  # type: ignore[no-untyped-call]
+    properties.UserProperty = ("hedgerow", str(PROTOCOL))
+    return properties
+
+
+@lru_cache(maxsize=8)
+def _publish_properties(expiry_s: int | None) -> Properties:
+    properties = _properties(PacketTypes.PUBLISH)
+    if expiry_s is not None:
+        properties.MessageExpiryInterval = expiry_s
+    return properties
+
+
+_foreign: set[str] = set()
+
+
+def _look_at_protocol(topic: str, properties: Properties | None) -> None:
+    """Say, once for each, that a letter is of another protocol than ours; it may still be understood."""
+    for name, value in getattr(properties, "UserProperty", None) or ():
+        if name == "hedgerow" and value != str(PROTOCOL) and value not in _foreign and len(_foreign) < 16:
+            _foreign.add(value)
+            logger.warning(
+                "a letter on %s is of protocol %.20s, this is %d: update the older side",
+                topic,
+                value,
+                PROTOCOL,
+            )
+
+
+def _settle(parcel: _Parcel, error: Exception | None) -> None:
+    """Tell the caller who waits for a parcel how it ended."""
+    if parcel.done is None or parcel.done.done():
+        return
+    if error is None:
+        parcel.done.set_result(None)
+    else:
+        parcel.done.set_exception(error)
 
 
 def _tune(client: paho.Client, userdata: object, sock: paho.SocketLike) -> None:
@@ -971,6 +1255,7 @@ def _connack_in_words(reason: str, settings: MqttSettings) -> tuple[str, bool]:
                 True,
             )
         case "Client identifier not valid" | "Unsupported protocol version":
-            return f"the broker refused the connection ({reason.lower()})", True
+            hint = '; set mqtt.version = "auto"' if reason.startswith("Unsupported") else ""
+            return f"the broker refused the connection ({reason.lower()}){hint}", True
         case _:
             return f"the broker is not ready ({reason.lower()})", False

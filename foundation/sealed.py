@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Protocol, Self
 
 from foundation.errors import SealBroken
-from foundation.seal import Opener, Sealer
-from foundation.transport import Letter, Transport
+from foundation.seal import OVERHEAD, Opener, Sealer
+from foundation.transport import Bounded, Letter, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ class SealedTransport:
         self._tell = tell or _log
         self.refused: Counter[str] = Counter()
         """Letters not taken, by the name of the reason."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body that still fits with its seal; a transport beneath without a bound has none here."""
+        inner = self._inner
+        return inner.max_body_bytes - OVERHEAD if isinstance(inner, Bounded) else sys.maxsize
 
     async def __aenter__(self) -> Self:
         await self._inner.__aenter__()

@@ -28,7 +28,9 @@ from dataclasses import dataclass
 
 from foundation.errors import SettingsError
 
-ROOT = "hedgerow/v1"
+PROTOCOL = 1
+"""The version of what is said; the topics have it, and in MQTT 5 every letter."""
+ROOT = f"hedgerow/v{PROTOCOL}"
 WRITTEN_BY_AGENTS = (
     "presence",
     "card",

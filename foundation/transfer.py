@@ -48,7 +48,7 @@ from foundation.errors import (
     WorkRefused,
 )
 from foundation.frozen import Frozen
-from foundation.transport import Letter, Transport, matches
+from foundation.transport import Bounded, Letter, Transport, matches
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +176,8 @@ class _Outgoing:
         """Parts that the transport still has in hand: to send them again would only double them."""
         self.probes = self.answered = 0
         self.wants_probe = self.probing = self.offline = self.stored = False
+        self.too_large = False
+        """The transport does not take a part: it has learnt that the broker takes less."""
         self.failure: DeliveryFailed | None = None
         self.moved = False
         self.changed = asyncio.Event()
@@ -415,7 +417,9 @@ class Courier:
     runs in a task of its own for every whole frame; when it returns, the sender is told "stored"; when it
     raises `WireError` or `WorkRefused`, the sender is told the reason, and after any other error only that it
     was one. It must be idempotent: a frame comes again when we restarted after handling it. `part_bytes`
-    bounds one publish, header included. The transport is opened before and closed after the courier.
+    bounds one publish, header included, and so does the transport where it is `Bounded`: a frame whose parts
+    turn out too large is sent again in smaller ones. The transport is opened before and closed after the
+    courier.
     """
 
     def __init__(
@@ -441,7 +445,7 @@ class Courier:
         self._transport = transport
         self._frames, self._receipts, self._receipt_topic = frames, receipts, receipt_topic
         self._handle = handle
-        self._payload_bytes = part_bytes - PART_HEADER.size
+        self._part_bytes = part_bytes
         self._window, self._resend_s, self._retry_s = window, resend_s, retry_s
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
@@ -493,7 +497,8 @@ class Courier:
                 while (other := self._outgoing.get(key)) is not None:
                     await other.done.wait()
                 self._outgoing[key] = out
-                await self._drive(out)
+                while not await self._drive(out):
+                    out = self._outgoing[key] = await self._in_smaller_parts(out)
         except TimeoutError as error:
             raise DeliveryFailed(
                 f"not taken within {deadline_s:g} s: {len(out.acked)} of {out.count} parts have arrived"
@@ -524,12 +529,36 @@ class Courier:
         if parts_of(len(frame), self._payload_bytes) > MAX_PARTS:
             raise FrameTooLarge(f"a frame of {len(frame):,} bytes needs more than {MAX_PARTS:,} parts")
 
-    async def _drive(self, out: _Outgoing) -> None:
-        """Send parts and probes until the other side has said yes or no."""
+    @property
+    def _payload_bytes(self) -> int:
+        """Bytes of a frame that one part holds at most."""
+        bound, transport = self._part_bytes, self._transport
+        if isinstance(transport, Bounded):
+            bound = min(bound, transport.max_body_bytes)
+        return max(1, bound - PART_HEADER.size)
+
+    async def _in_smaller_parts(self, out: _Outgoing) -> _Outgoing:
+        """Begin a frame anew whose parts the transport does not take."""
+        size = self._payload_bytes
+        if parts_of(len(out.frame), size) <= out.count:
+            raise DeliveryFailed(f"the transport does not take parts of {size:,} bytes")
+        self._check_sendable(out.frame)
+        await _cancel(out.tasks)
+        again = _Outgoing(out.topic, out.frame, out.digest, size, secrets.randbits(32))
+        again.done, again.wire_bytes, again.resent = out.done, out.wire_bytes, out.resent + out.count
+        logger.info(
+            "a frame in smaller parts", extra={"topic": out.topic, "bytes": size, "parts": again.count}
+        )
+        return again
+
+    async def _drive(self, out: _Outgoing) -> bool:
+        """Send parts and probes until the other side has said yes or no; false where parts are too large."""
         probe_at, silent = self._clock() + self._resend_s, 0
         while not out.stored:
             if out.failure is not None:
                 raise out.failure
+            if out.too_large:
+                return False
             out.changed.clear()
             if out.offline:
                 await asyncio.sleep(self._retry_s)
@@ -547,6 +576,7 @@ class Courier:
                 # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
                 async with asyncio.timeout(max(0.0, probe_at - self._clock())):
                     await out.changed.wait()
+        return True
 
     def _probe(self, out: _Outgoing) -> None:
         if not out.probing:
@@ -566,6 +596,9 @@ class Courier:
                 logger.info("no connection, a frame waits", extra={"topic": out.topic, "reason": str(error)})
             out.not_sent(part)
             out.offline = True
+            out.changed.set()
+        except FrameTooLarge:
+            out.too_large = True
             out.changed.set()
         except HedgerowError as error:
             out.failure = DeliveryFailed(f"the transport does not take it: {error}")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from foundation.errors import NotConnected
 
@@ -38,12 +38,23 @@ class Transport(Protocol):
     async def publish(self, topic: str, body: bytes, *, retain: bool = False, qos: int = 1) -> None:
         """Publish; returns when the broker has acknowledged (QoS 1) or the bytes are handed over (QoS 0).
 
-        Raises `NotConnected` when there is no connection within the transport's patience.
+        Raises `NotConnected` when there is no connection within the transport's patience, `PublishRefused`
+        where the broker says no and can say so.
         """
         ...
 
     async def subscribe(self, *patterns: str) -> AsyncIterator[Letter]:
         """Subscribe; returns when the broker has confirmed, with the letters that match from then on."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A transport that knows the largest body its broker takes; it may change with every connection."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body of one publish, bytes."""
         ...
 
 

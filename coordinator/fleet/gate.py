@@ -10,7 +10,7 @@ from typing import Any
 from coordinator.fleet.brokers.access import COORDINATOR
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.secret import FleetSecret
-from foundation.errors import HedgerowError, JoinRefused, NotConnected
+from foundation.errors import HedgerowError, JoinRefused, NotConnected, PublishRefused
 from foundation.joining import Box, Grant, Request, boxed, read_request, vouched
 from foundation.seal import Mark, Opener
 from foundation.topics import ROOT, checked_name
@@ -75,7 +75,7 @@ class Gate:
             self._emit("joined", f"{request.name} joined", request.name)
         try:
             await self._transport.publish(f"{letter.topic.rpartition('/')[0]}/answer", vouched(grant, secret))
-        except NotConnected as error:  # it asks again
+        except (NotConnected, PublishRefused) as error:  # it asks again
             logger.warning("answer not sent", extra={"agent": request.name, "reason": str(error)})
 
     def _granted(self, invite: str, request: Request) -> Grant:

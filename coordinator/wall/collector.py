@@ -22,7 +22,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.records import PlugReading, PlugRecord
 from coordinator.store.sql import Store
 from coordinator.wall.join import LAG_S, Series, WallRecord, joined, not_joined
-from foundation.errors import NotConnected, StoreError, TransportError
+from foundation.errors import NotConnected, PublishRefused, StoreError, TransportError
 from foundation.messages import ClockAnswer, ClockQuestion
 from foundation.plug import Plug, keep_asking, plug_of
 from foundation.timing import Timing, steady_s
@@ -158,7 +158,7 @@ class Wall:
         while plug.question is not None:
             try:
                 await keep_asking(plug, self._transport)
-            except NotConnected as error:
+            except (NotConnected, PublishRefused) as error:
                 logger.debug("plug not asked", extra={"reason": str(error)})
                 await asyncio.sleep(1.0)
 

@@ -16,19 +16,43 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from foundation.errors import FrameTooLarge, NotConnected, TransportError
 from foundation.mqtt import Letters, MqttSettings, MqttTransport
 from foundation.transport import Letter, Transport
-from hedgerow.broker import EmbeddedBroker
+from hedgerow.broker import EmbeddedBroker, find_broker
 from tests.broker.conftest import RunBroker, free_port
 from tests.conftest import require_service
 
 pytestmark = [pytest.mark.broker, pytest.mark.anyio]
 
 WAIT_S = 10.0
+
+
+@pytest.fixture(
+    params=[("mosquitto", "5"), ("mosquitto", "3.1.1"), ("nats", "auto")], ids=lambda pair: "-".join(pair)
+)
+def spoken(
+    request: pytest.FixtureRequest,
+) -> tuple[Literal["mosquitto", "nats"], Literal["auto", "5", "3.1.1"]]:
+    """A broker and the MQTT that is spoken to it; NATS has 3.1.1 only, and `auto` comes to that."""
+    pair: tuple[Literal["mosquitto", "nats"], Literal["auto", "5", "3.1.1"]] = request.param
+    return pair
+
+
+@pytest.fixture
+def broker(spoken: tuple[Literal["mosquitto", "nats"], str], tmp_path: Path) -> Iterator[EmbeddedBroker]:
+    require_service(find_broker(spoken[0]) is not None, spoken[0])
+    with EmbeddedBroker(tmp_path / "broker", prefer=spoken[0]) as running:
+        yield running
+
+
+@pytest.fixture
+def settings(spoken: tuple[str, Literal["auto", "5", "3.1.1"]], broker: EmbeddedBroker) -> MqttSettings:
+    return MqttSettings(port=broker.port, version=spoken[1])
 
 
 async def next_letter(letters: AsyncIterator[Letter], within_s: float = WAIT_S) -> Letter:

@@ -64,6 +64,7 @@ LONGEST = {
     "swap": 110,
     "fleet": 160,
     "rollout": 120,
+    "brokers": 90,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
