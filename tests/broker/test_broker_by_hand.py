@@ -1,4 +1,4 @@
-"""The broker that docs/fleet.md sets up by hand, as it is written there: certificates, users, rights, queues."""
+"""The broker that docs/fleet.md sets up by hand, as written there: certificates, users, rights, queues."""
 
 from __future__ import annotations
 
