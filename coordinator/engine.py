@@ -705,6 +705,7 @@ class Engine:
             await asyncio.to_thread(self.store.add_artifact, update.artifact)
         summary = update_summary(update, wire_bytes, up=frame, down=here.frames.get(agent))
         new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
+        self._busy.done(agent, update.round)  # once more: its round may have closed while it was stored
         if not new:
             return  # the first one stays: what counts here is what a restart would find in the store
         if update.round == here.round:
