@@ -3,13 +3,14 @@
     python bench/fleet.py                     2 and 10 agents with 1 and 10 MB, five rounds each, as root
     python bench/fleet.py --agents 2 --mb 1 --rounds 5 --json
 
-Real processes: a Mosquitto and a coordinator here, agents in a network namespace of their own behind a pair of
-virtual interfaces, whose counters say the bytes (IP, both directions, acknowledgements included). The work is
-empty: each agent adds a scalar to what arrived. Without root or `ip` all of it is on loopback and bytes are unknown.
+Real processes: a Mosquitto and a coordinator here, agents in a network namespace of their own behind a pair
+of virtual interfaces, whose counters say the bytes (IP, both directions, acknowledgements included). The
+work is empty: each agent adds a scalar to what arrived. Without root or `ip` all of it is on loopback and
+bytes are unknown.
 
 Seconds are from the end of one round to the end of the next, medians. CPU is that of an agent's whole process
-over those rounds, for each message (one model down, one up). Bars are those of the issue; beside them stand the
-figures that Flower 1.41 had on another day (2 cores, busier): they are not of this run.
+over those rounds, for each message (one model down, one up). Beside them stand the bars, and what Flower 1.41
+took on another day (2 cores, busier): not of this run. Ends with 1 where a round is over its bar.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -41,7 +43,6 @@ WIDTHS = {1: 104, 10: 324}
 """Model width that makes so many MB of float32."""
 FLOWER = {(2, 1): 6.67, (2, 10): 10.3, (10, 1): 26.9, (10, 10): 28.6}
 BARS = {(2, 1): 0.3, (2, 10): 1.5, (10, 1): 1.0, (10, 10): 6.0}
-CPU_BAR, WIRE_BAR, IDLE_BAR, RSS_BAR, FIRST_BAR = 0.05, 1.03, 10.0, 60.0, 5.0
 IDLE_S = 60.0
 WAIT_S = 300.0
 
@@ -56,7 +57,7 @@ def until(what: str, true: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def network() -> Iterator[list[str] | None]:
-    """Two network namespaces joined by a wire; gives what starts a command in the other, `None` without root."""
+    """Two network namespaces and a wire; gives what starts a command in the other, `None` without root."""
 
     def ip(*words: str) -> bool:
         return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
@@ -93,10 +94,8 @@ def wire_bytes() -> int | None:
     folder = Path("/sys/class/net/hgb0/statistics")
     if not folder.exists():
         return None
-    count = {
-        name: int((folder / name).read_text())
-        for name in ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
-    }
+    names = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
+    count = {name: int((folder / name).read_text()) for name in names}
     return count["rx_bytes"] + count["tx_bytes"] - 14 * (count["rx_packets"] + count["tx_packets"])
 
 
@@ -224,7 +223,7 @@ def measured(agents: int, mb: int, rounds: int, inside: list[str] | None, idle_s
             return {
                 "agents": agents,
                 "mb": payload / 1e6,
-                "round_s": statistics.median(b - a for a, b in zip(closed, closed[1:], strict=False)),
+                "round_s": statistics.median(b - a for a, b in itertools.pairwise(closed)),
                 "bar_s": BARS.get((agents, mb)),
                 "flower_s_other_day": FLOWER.get((agents, mb)),
                 "first_round_s": closed[0] - begun,
@@ -259,7 +258,7 @@ def as_agent(name: str, folder: Path, at: str) -> None:
         start = type(task.start)(arrays)
         widths = (task.spec.hidden,) * task.spec.depth
         empty = np.zeros((0,), np.float32)
-        return Outcome(start, {}, widths, {"accuracy": 0.0}, 0, Probe(empty, empty))
+        return Outcome(start, {}, widths, {"accuracy": 0.0, "accuracy_sent": 0.0}, 0, Probe(empty, empty))
 
     host, port = at.split(":")
     settings = AgentSettings(
@@ -296,19 +295,11 @@ def as_agent(name: str, folder: Path, at: str) -> None:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print(
-        "| agents | MB | round s | bar | Flower 1.41, other day | ratio | first round s | CPU s/message, /MB | wire / payload | idle B/s | idle RSS MB | load |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for f in found:
-        ratio = f"{f['round_s'] / f['flower_s_other_day']:.3f}" if f["flower_s_other_day"] else "–"
-        wire = "unknown" if f["wire_over_payload"] is None else f"{f['wire_over_payload']:.3f}"
-        idle = "–" if f["idle_bytes_per_s"] is None else f"{f['idle_bytes_per_s']:.1f}"
-        print(
-            f"| {f['agents']} | {f['mb']:.2f} | {f['round_s']:.2f} | {f['bar_s']} | {f['flower_s_other_day']} | {ratio}"
-            f" | {f['first_round_s']:.1f} | {f['cpu_s_per_message']:.3f}, {f['cpu_s_per_mb']:.3f} | {wire} | {idle}"
-            f" | {f['idle_rss_mb']:.0f} | {f['load']:.1f} |"
-        )
+    columns = list(found[0])
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in found:
+        cells = ["unknown" if v is None else f"{v:.3g}" for v in row.values()]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
