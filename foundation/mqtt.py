@@ -64,6 +64,8 @@ SAY_AGAIN_S = 5.0
 """How often the wait for the first connection is logged."""
 REPEAT_S = 30.0
 """How often an outage after that is logged."""
+QUICK_S = 5.0
+"""A connection that ended sooner is suspicious."""
 SELECT_FILES = 1_024
 """paho waits with select(), which takes no file descriptor from here on."""
 TRY_S = 4.0
@@ -418,6 +420,7 @@ class MqttTransport:
         self._first: asyncio.Future[None] | None = None
         self._connections = 0
         self._quick_losses = 0
+        self._one_by_one = False
         self._overflowed = 0
         self._since = self._said = 0.0
         self._progress = 0.0
@@ -452,7 +455,8 @@ class MqttTransport:
     @property
     def window(self) -> int:
         """Publishes with QoS 1 that may wait for their acknowledgement at once, at this broker."""
-        return min(WINDOW, (self.limits.receive if self.limits else None) or WINDOW)
+        most = (self.limits.receive if self.limits else None) or WINDOW
+        return 1 if self._one_by_one else min(WINDOW, most)
 
     # Opening and closing
 
@@ -777,7 +781,9 @@ class MqttTransport:
         if self._link is None:
             return
         self._said = asyncio.get_running_loop().time()
-        self._quick_losses = self._quick_losses + 1 if self._said - self._since < 5 else 0
+        quick = self._said - self._since < QUICK_S
+        self._quick_losses = self._quick_losses + 1 if quick else 0
+        self._one_by_one = self._one_by_one and quick
         self._suspect_size(self._link)
         hint = f"; is another client called {self._client_id}?" if self._quick_losses >= 3 else ""
         logger.warning(
@@ -788,12 +794,16 @@ class MqttTransport:
         """Try half the size where connection after connection ends on something large, never confirmed.
 
         A broker may say no more than that to a packet over its limit; paho would send it again for ever.
+        A bad link looks the same while several are on their way, as their confirmations go with it: so
+        first they go one by one.
         """
         largest = max((len(parcel.body) for parcel in self._unacked.values()), default=0)
         if self._quick_losses < 3 or self._progress > self._since or largest < 2 * SUSPECT_BODY:
             return
-        self._learn_size(largest)
         self._quick_losses = 0
+        if self._one_by_one:
+            self._learn_size(largest)
+        self._one_by_one = True
         link.renew()
 
     def _learn_size(self, too_large: int) -> None:
@@ -812,6 +822,7 @@ class MqttTransport:
         if parcel is None:
             return
         self._progress = asyncio.get_running_loop().time()
+        self._one_by_one = self._one_by_one and self._progress - self._since < QUICK_S
         _settle(parcel, None)
         self._pump()
 
