@@ -92,6 +92,9 @@ logger = logging.getLogger(__name__)
 
 TELEMETRY_S = 0.5
 IDLE_TELEMETRY_S = 5.0
+RARE_TELEMETRY_S = 120.0
+"""The same once it has had nothing to do for `RESTING_S`: many devices share one poor uplink."""
+RESTING_S = 60.0
 RETRY_S = 30.0
 LIMITS_S = 5.0
 """How often limits are looked at."""
@@ -852,16 +855,19 @@ class Agent:
         await asyncio.to_thread(self.vault.delivered, outgoing.run, outgoing.round)
 
     async def _report(self) -> None:
-        last, told, process = 0.0, Stage.IDLE, psutil.Process()
+        last, looked, told, process = 0.0, 0.0, Stage.IDLE, psutil.Process()
+        since = time.monotonic()
         while True:
             await asyncio.sleep(TELEMETRY_S)
-            stage = self.standing.stage
+            stage, now = self.standing.stage, time.monotonic()
             quiet = stage in (Stage.WAIT, Stage.IDLE) and stage is told
-            if quiet and time.monotonic() - last < IDLE_TELEMETRY_S:
-                continue
-            last, told = time.monotonic(), stage
-            if self._conditions is not None:
+            since = since if quiet else now
+            if self._conditions is not None and now - looked >= (IDLE_TELEMETRY_S if quiet else 0):
                 self._conditions.look()
+                looked = now
+            if quiet and now - last < pause_s(now - since):
+                continue
+            last, told = now, stage
             telemetry = self.telemetry(process.memory_info().rss)
             await self._publish("telemetry", telemetry.model_dump_json(), qos=0)
 
@@ -897,6 +903,11 @@ class Agent:
             # Retained letters are sent again on reconnect; telemetry is out of date by then; a refusal
             # that is lost is made again when the coordinator offers the work again.
             logger.warning("not published", extra={"what": what, "reason": str(error)})
+
+
+def pause_s(resting_s: float) -> float:
+    """Return the seconds between two letters of telemetry when there has been nothing to do for so long."""
+    return IDLE_TELEMETRY_S if resting_s < RESTING_S else RARE_TELEMETRY_S
 
 
 def so_far(personal: Personal | None, training: EnergyReading | None) -> EnergyReading:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from coordinator.strategies.base import load_strategy
-from edge_agent.agent import OFFLINE, Agent
+from edge_agent.agent import OFFLINE, Agent, pause_s
 from edge_agent.conditions import Conditions
 from edge_agent.datasets import DataSettings, load
 from edge_agent.energy.meter import Meter
@@ -501,3 +501,8 @@ async def test_another_protocol_is_named_with_what_to_do(
         await transport.publish(TOPICS.coordinator_presence, other)
         await until(lambda: "install the same version on both" in caplog.text)
         assert f"the coordinator speaks protocol {PROTOCOL + 1}, this agent {PROTOCOL}" in caplog.text
+
+
+def test_an_agent_that_rests_says_little() -> None:
+    assert pause_s(0) == pause_s(59) == 5
+    assert pause_s(61) == pause_s(1e9) == 120
