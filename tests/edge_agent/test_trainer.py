@@ -55,7 +55,9 @@ def test_training_lowers_the_loss_for_every_input(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "roles", [{Role.HEAD}, {Role.FFL}, {Role.ATTENTION}, {Role.REST}, {Role.FFL, Role.HEAD}], ids=str
+    "roles",
+    [{Role.HEAD}, {Role.FFL}, {Role.ATTENTION}, {Role.REST}, {Role.FFL, Role.HEAD}],
+    ids=lambda roles: "+".join(sorted(roles)),  # the same in every process, as pytest-xdist asks
 )
 def test_a_phase_moves_its_roles_and_no_other(roles: set[Role]) -> None:
     outcome = _done(_work(Phase(train=frozenset(roles), epochs=1)))
