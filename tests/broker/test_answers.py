@@ -106,6 +106,7 @@ async def until_answered(transport: MqttTransport, letters: AsyncIterator[Any]) 
                     return answer
 
 
+@ONE
 async def test_questions_are_answered_through_a_killed_serving_process(
     agent: Child, settings: MqttSettings
 ) -> None:

@@ -122,6 +122,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         stop_all(list(here.children.values()))
 
 
+@ONE_PLACE
 async def test_devices_join_work_and_one_is_shut_out(place: Place) -> None:
     place.start_coordinator("autostart=false")
     until(lambda: (place.folder / "coordinator-data/fleet.epoch").exists(), 30)
