@@ -9,13 +9,12 @@ whose meter becomes another (another kind, another source) starts anew, as two m
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from datetime import datetime, time
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
+from foundation.durable import write_whole
 from foundation.energy import Kind
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
@@ -123,18 +122,4 @@ def read(folder: Path) -> Memory | None:
 
 def write(folder: Path, memory: Memory) -> None:
     """Keep `memory` so that it survives a power cut; raises `OSError`."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{FILE}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(memory.model_dump_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(folder / FILE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_whole(folder / FILE, memory.model_dump_json().encode())

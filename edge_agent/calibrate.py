@@ -35,9 +35,9 @@ from edge_agent.energy.link import Link
 from edge_agent.energy.sensor import EnergySensor, find_sensors
 from edge_agent.settings import AgentSettings
 from edge_agent.traffic import interface_to
-from edge_agent.vault import write_atomic
 from foundation import settings
 from foundation.calibration import Calibration, FittedModel, MeterFacts, Step
+from foundation.durable import write_whole
 from foundation.energy import Kind, Scope
 from foundation.errors import HedgerowError, SensorError, SettingsError
 from foundation.mqtt import MqttSettings
@@ -161,7 +161,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> int:
     made, broken = _made(arguments, agent, profile, meter, sensor, steps, rig)
     place = place_for(out, made.device.power_mode)
     place = place if not made.refused else place.with_name(f"{place.stem}{REFUSED_END}")
-    write_atomic(place, made.toml().encode())
+    write_whole(place, made.toml().encode())
     _report(arguments, console, made, broken, place)
     return REFUSED if made.refused else 0
 

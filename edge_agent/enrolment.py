@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from edge_agent.vault import write_atomic
+from foundation.durable import SECRET, write_whole
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.seal import DOWN, UP, Mark, Opener, Sealer, SealKeys, new_epoch
@@ -69,13 +69,7 @@ def enrolment_in(vault: Path) -> Enrolment | None:
 
 def keep(vault: Path, enrolment: Enrolment) -> None:
     """Write what belongs to a joining; seals begin anew."""
-    write_secret(vault / ENROLMENT, enrolment.model_dump_json().encode())
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner reads."""
-    write_atomic(path, content)
-    path.chmod(0o600)
+    write_whole(vault / ENROLMENT, enrolment.model_dump_json().encode(), mode=SECRET)
 
 
 class DeviceKeyring:
@@ -136,7 +130,7 @@ class Seals:
             return _Seals()
 
     def _write(self, marks: dict[str, Mark]) -> None:
-        write_atomic(self._path, _Seals(epoch=self.sealer.epoch, marks=marks).model_dump_json().encode())
+        write_whole(self._path, _Seals(epoch=self.sealer.epoch, marks=marks).model_dump_json().encode())
 
 
 def fits(enrolment: Enrolment, *, federation: str, agent: str) -> None:

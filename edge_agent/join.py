@@ -22,10 +22,10 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
-from edge_agent.enrolment import AUTHORITY, IDENTITY, PASSWORD, Enrolment, keep, write_secret
+from edge_agent.enrolment import AUTHORITY, IDENTITY, PASSWORD, Enrolment, keep
 from edge_agent.samples import DataSettings
-from edge_agent.vault import write_atomic
 from export.sign import TRUSTED
+from foundation.durable import SECRET, write_first, write_whole
 from foundation.errors import HedgerowError, JoinRefused, NotConnected, SettingsError, TransportError
 from foundation.joining import (
     Grant,
@@ -146,7 +146,7 @@ async def _join(arguments: argparse.Namespace) -> Joined:
     written = None
     if not arguments.config.exists():
         written = arguments.config
-        write_atomic(written, lines.encode())
+        write_whole(written, lines.encode())
     return Joined(grant.name, token.federation, written, lines)
 
 
@@ -183,7 +183,7 @@ def _identity(vault: Path) -> bytes:
     """Return this device's key, made with its first joining."""
     path = vault / IDENTITY
     if not path.exists():
-        write_secret(path, secrets.token_bytes(32))
+        write_first(path, secrets.token_bytes(32), mode=SECRET)
     content = path.read_bytes()
     if len(content) != 32:
         raise SettingsError(f"{path} is not a key of 32 bytes: put back the file, or remove it and join anew")
@@ -208,7 +208,7 @@ def _anchor(broker: MqttSettings, token: Token, vault: Path, ca_file: Path | Non
             " Either somebody is in between, or it was renewed since the invitation: ask for a new token"
         )
     path = vault / AUTHORITY
-    write_atomic(path, pem.encode())
+    write_whole(path, pem.encode())
     return path
 
 
@@ -269,11 +269,11 @@ def _keep(vault: Path, token: Token, grant: Grant, private: bytes, anchor: Path 
         )
     except (ValueError, ValidationError) as error:
         raise JoinRefused(f"the coordinator's answer cannot be used: {error}") from error
-    write_secret(vault / PASSWORD, box.password.encode() + b"\n")
+    write_whole(vault / PASSWORD, box.password.encode() + b"\n", mode=SECRET)
     if grant.authority and anchor is not None:
-        write_atomic(vault / AUTHORITY, grant.authority.encode())
+        write_whole(vault / AUTHORITY, grant.authority.encode())
     if grant.signing:
-        write_atomic(vault / TRUSTED / "coordinator.pub", grant.signing.encode() + b"\n")
+        write_whole(vault / TRUSTED / "coordinator.pub", grant.signing.encode() + b"\n")
     keep(vault, enrolment)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.settings import PrivacySettings
-from edge_agent.vault import write_atomic
+from foundation.durable import write_whole
 from foundation.errors import SettingsError, WorkRefused
 from foundation.parameters import Array, Parameters, role_of
 from foundation.work import LocalWork
@@ -113,7 +113,7 @@ class Spent:
         self.releases += 1
         self.square += (2 / noise) ** 2
         told = {"releases": self.releases, "square": self.square}
-        write_atomic(self.path, json.dumps(told).encode())
+        write_whole(self.path, json.dumps(told).encode())
 
 
 class Privacy:

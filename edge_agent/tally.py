@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from edge_agent.energy.meter import Meter
-from edge_agent.vault import write_atomic
+from foundation.durable import write_whole
 from foundation.energy import RESTING, EnergyReading, Kind, Ledger, Stage
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Tally:
         while len(self._days) > DAYS_KEPT:
             del self._days[next(iter(self._days))]  # the one that came first
         told = {day: {str(kind): joules for kind, joules in sums.items()} for day, sums in self._days.items()}
-        write_atomic(self._file, json.dumps(told).encode())
+        write_whole(self._file, json.dumps(told).encode())
         self._unsaved = 0.0
 
 

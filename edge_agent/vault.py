@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from foundation.durable import write_whole
 from foundation.energy import EnergyReading
 from foundation.errors import SettingsError
 from foundation.parameters import Array, Parameters
@@ -73,26 +74,6 @@ class Outgoing:
     frame: bytes
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename, sync the folder: after a power cut the old or the new file is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        beside.unlink(missing_ok=True)  # on a full disk, half a file takes the room of the next whole one
-        raise
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def full(error: OSError, folder: Path) -> str | None:
     """Return what to do about a disk that is full, in words; `None` for another error."""
     if error.errno not in FULL:
@@ -121,7 +102,7 @@ class Vault:
         self._said.append(text)
 
     def _write_frame(self, path: Path, frame: bytes) -> None:
-        write_atomic(path, frame + _SUM + hashlib.sha256(frame).digest())
+        write_whole(path, frame + _SUM + hashlib.sha256(frame).digest())
 
     def _frame(self, path: Path) -> bytes | None:
         """Read a frame; one that is not what was written is put aside, and said."""
@@ -148,7 +129,7 @@ class Vault:
         path = self.folder / "identity.json"
         if not path.exists():
             identity = {"agent": agent, "id": uuid.uuid4().hex}
-            write_atomic(path, json.dumps(identity).encode())
+            write_whole(path, json.dumps(identity).encode())
         try:
             found = json.loads(path.read_text())["agent"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -276,7 +257,7 @@ class Vault:
     def _remember(self, frame: bytes) -> None:
         digest = hashlib.sha256(frame).hexdigest()
         known = [one for one in self._done() if one != digest]
-        write_atomic(self._done_file, json.dumps([*known, digest][-DONE:]).encode())
+        write_whole(self._done_file, json.dumps([*known, digest][-DONE:]).encode())
 
     def _done(self) -> list[str]:
         if not self._done_file.exists():
@@ -321,7 +302,7 @@ class Vault:
         if content is None:
             path.unlink(missing_ok=True)
         elif not path.exists() or path.read_bytes() != content:
-            write_atomic(path, content)
+            write_whole(path, content)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
@@ -329,7 +310,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     told = json.dumps(dict(meta))
     header = {"meta": told, "order": json.dumps([*contiguous]), "sha256": _digest(contiguous, told)}
-    write_atomic(path, save_arrays(contiguous, header))
+    write_whole(path, save_arrays(contiguous, header))
 
 
 def read_arrays(path: Path) -> tuple[Parameters, dict[str, Any]] | None:

@@ -44,6 +44,7 @@ from export.sign import (
     verify,
 )
 from foundation.artifact import Manifest, Probe
+from foundation.durable import sync_folder
 from foundation.errors import ExportError, SignatureError
 from foundation.parameters import Array
 
@@ -223,7 +224,7 @@ def update(
                     (root / link).unlink(missing_ok=True)
                 elif (root / target / MANIFEST).is_file() and _linked(root / link) != target:
                     _link(root, link, target)
-            _flush(root)
+            sync_folder(root)
     except OSError as error:
         raise ExportError(f"{path} could not be written: {error}") from error
 
@@ -286,15 +287,15 @@ def _place(root: Path, target: Path, files: Mapping[str, bytes]) -> None:
     incoming.chmod(0o755)
     for name, content in files.items():
         _write(incoming / name, content)
-    _flush(incoming)
+    sync_folder(incoming)
     if target.is_dir():
         # The same model again, perhaps measured anew: each file is whole before it takes its place.
         for name in files:
             (incoming / name).replace(target / name)
-        _flush(target)
+        sync_folder(target)
     else:
         incoming.rename(target)
-    _flush(root)
+    sync_folder(root)
 
 
 def _point(root: Path, name: str) -> None:
@@ -305,7 +306,7 @@ def _point(root: Path, name: str) -> None:
     if before is not None:
         _link(root, PREVIOUS, before)
     _link(root, CURRENT, name)
-    _flush(root)
+    sync_folder(root)
 
 
 def _link(root: Path, link: str, name: str) -> None:
@@ -332,12 +333,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Ask the disk to remember a folder's names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,17 +24,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
+from foundation.durable import SECRET, write_first
 from foundation.errors import SignatureError, SignatureWrong, UnknownSigner, Unsigned
 from foundation.frozen import Frozen
 
@@ -274,7 +273,7 @@ def _id(content: bytes) -> str:
 
 def _secret(path: Path, *, make: bool) -> bytes:
     if make and not path.exists():
-        _write(path, secrets.token_bytes(_KEY_BYTES), 0o600)
+        _write(path, secrets.token_bytes(_KEY_BYTES), SECRET)
     content = _read(path, _KEY_BYTES)
     if len(content) != _KEY_BYTES:
         raise SignatureError(f"{path} is not a key of {_KEY_BYTES} bytes: put back the file, or remove it")
@@ -292,17 +291,8 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write beside, sync, link: a key is there whole or not at all; of two makers the first one's stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.unlink(missing_ok=True)
-        with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            path.hardlink_to(beside)
-        beside.unlink()
+        write_first(path, content, mode=mode)
     except OSError as error:
         raise SignatureError(f"the key {path} cannot be written: {error}") from error
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from coordinator.fleet.secret import write_secret
+from foundation.durable import SECRET, write_whole
 from foundation.errors import SettingsError
 
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
@@ -76,7 +75,7 @@ def _authority(folder: Path, now: datetime) -> tuple[Any, Any]:
         .sign(key, _sha256())
     )
     _write_key(folder / AUTHORITY_KEY, key)
-    (folder / AUTHORITY).write_bytes(made.public_bytes(_encoding().PEM))
+    write_whole(folder / AUTHORITY, made.public_bytes(_encoding().PEM))
     return made, key
 
 
@@ -95,10 +94,10 @@ def _server(folder: Path, hosts: Sequence[str], authority: Any, signer: Any, now
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(signer, _sha256())
     )
-    _write_key(folder / SERVER_KEY, key)
-    os.chown(folder / SERVER_KEY, -1, folder.stat().st_gid)  # the broker's group
-    (folder / SERVER_KEY).chmod(0o640)
-    (folder / SERVER).write_bytes(made.public_bytes(_encoding().PEM))
+    _write_key(
+        folder / SERVER_KEY, key, mode=0o640, group=folder.stat().st_gid
+    )  # the broker's group reads it
+    write_whole(folder / SERVER, made.public_bytes(_encoding().PEM))
     return made
 
 
@@ -140,11 +139,10 @@ def _known(path: Path) -> Any:
         raise SettingsError(f"{path} is not a certificate that can be read: {error}") from error
 
 
-def _write_key(path: Path, key: Any) -> None:
+def _write_key(path: Path, key: Any, *, mode: int = SECRET, group: int | None = None) -> None:
     _, _, _, serialization = _modules()
     pem = key.private_bytes(_encoding().PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.unlink(missing_ok=True)
-    write_secret(path, pem)
+    write_whole(path, pem, mode=mode, group=group)
 
 
 def _encoding() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 KEEP_S = 5.0
 """How often it is written down how far letters were read."""
+EXPIRED_S = 60.0
+"""How often the broker is told of invitations that have expired: nobody sends a letter of that."""
 
 
 class Gate:
@@ -34,16 +37,19 @@ class Gate:
         authority: str,
         signing: str,
         tell_broker: Callable[[], None],
+        joined: Callable[[], None],
         emit: Callable[[str, str, str], None],
         opener: Opener,
     ) -> None:
         """`authority` is the PEM of the broker's, `signing` the coordinator's public Ed25519 key, or empty.
 
-        `tell_broker` brings the broker's files up to date; `emit` takes kind, text and device of an event.
+        `tell_broker` brings the broker's files up to date; `joined` hears that somebody did,
+        and `emit` takes kind, text and device of an event.
         """
         self._transport, self._records, self._secret = transport, records, secret
         self._authority, self._signing = authority, signing
-        self._tell_broker, self._emit, self._opener = tell_broker, emit, opener
+        self._tell_broker, self._joined = tell_broker, joined
+        self._emit, self._opener = emit, opener
         self._kept: dict[str, Mark] = {}
 
     async def run(self) -> None:
@@ -85,6 +91,7 @@ class Gate:
         public = bytes.fromhex(request.public)
         keys = self._secret.shared(name, public)  # a bad key is refused before it takes the place
         device = self._records.join(invite, name, request.public)
+        self._joined()
         self._tell_broker()
         box = Box(username=name, password=self._secret.password(device))
         return Grant(
@@ -97,13 +104,16 @@ class Gate:
         )
 
     async def _keep(self) -> None:
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(KEEP_S)
             try:
                 await asyncio.to_thread(self._keep_now)
-                await asyncio.to_thread(self._tell_broker)  # invitations come and expire without a letter
-            except HedgerowError as error:  # a busy or full disk: tried again
-                logger.error("marks not kept", extra={"reason": str(error)})
+                if time.monotonic() - looked >= EXPIRED_S:
+                    looked = time.monotonic()
+                    await asyncio.to_thread(self._tell_broker)
+            except HedgerowError as error:  # a busy or full disk, a broker that is not there: tried again
+                logger.error("not kept", extra={"reason": str(error)})
 
     def _keep_now(self) -> None:
         marks = self._opener.marks()

@@ -60,6 +60,10 @@ class FleetKeyring:
             raise NotEnrolled(f"{agent} was revoked: {device.reason or 'no reason was given'}")
         return self._keys_of(device).of(topic)
 
+    def look_again(self) -> None:
+        """Look at the rows with the next letter: somebody has just joined."""
+        self._looked = float("-inf")
+
     def revoked(self) -> dict[str, str]:
         """Return the devices that were shut out, with the reasons."""
         self._look()

@@ -8,13 +8,12 @@ be written again at any time, and the store holds no secret.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.fleet.records import Device, Invite
+from foundation.durable import SECRET, write_first
 from foundation.errors import SettingsError
 from foundation.joining import SECRET_BYTES, Shared, Token, public_of, shared
 from foundation.seal import hkdf
@@ -37,7 +36,7 @@ class FleetSecret:
         try:
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_secret(path, secrets.token_bytes(_BYTES))
+                write_first(path, secrets.token_bytes(_BYTES), mode=SECRET)
             content = path.read_bytes()
             mode = path.stat().st_mode
         except OSError as error:
@@ -83,16 +82,3 @@ class FleetSecret:
     def _derived(self, what: str, of: str, length: int) -> bytes:
         salt = hmac.digest(b"hedgerow fleet 1", self.federation.encode(), "sha256")
         return hkdf(self.secret, salt, f"{what}\0{of}".encode(), length)
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner reads, whole or not at all; of two writers the first one's stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    with suppress(FileExistsError):
-        path.hardlink_to(beside)
-    beside.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,10 +89,12 @@ def with_fleet(s: CoordinatorSettings, transport: Transport, store: Store, live:
         authority=authority_of(s),
         signing=CoordinatorKey.load(s.folder / COORDINATOR_KEY, make=True).public.hex(),
         tell_broker=lambda: _told_broker(s, records, secret, live),
+        joined=keyring.look_again,
         emit=lambda kind, text, agent: live.emit(kind, text, agent=agent or None),
         opener=opener,
     )
-    _told_broker(s, records, secret, live)
+    with suppress(SettingsError):  # said as an event; devices that the broker knows already can go on
+        _told_broker(s, records, secret, live)
     fleet = Fleet(sealed, keyring=keyring)
     fleet.lives += [gate.run, fleet.look]
     return fleet

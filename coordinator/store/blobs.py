@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from foundation.durable import sync_folder
 from foundation.errors import StoreError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -101,7 +102,7 @@ class Blobs:
         path = self._path(digest)
         if not path.parent.exists():
             path.parent.mkdir(exist_ok=True)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         handle, name = tempfile.mkstemp(dir=self._new)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -112,13 +113,4 @@ class Blobs:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename or a new entry in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(path.parent)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, Field, ValidationError
 
+from foundation.durable import write_whole
 from foundation.errors import StoreError
 from foundation.frozen import Frozen
 
@@ -76,8 +76,8 @@ class Quarantine:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if len(frame) <= FRAME_BYTES:
-                    _write(self._folder / f"{key}.frame", frame)
-                _write(self._folder / f"{key}.json", case.model_dump_json().encode())
+                    write_whole(self._folder / f"{key}.frame", frame)
+                write_whole(self._folder / f"{key}.json", case.model_dump_json().encode())
                 self._trim()
             except OSError as error:
                 raise StoreError(f"a quarantined update of {agent!r} cannot be kept: {error}") from error
@@ -133,12 +133,3 @@ class Quarantine:
                 (self._folder / f"{case.id}{suffix}").unlink(missing_ok=True)
             except OSError as error:
                 raise StoreError(f"quarantined update {case.id} cannot be removed: {error}") from error
-
-
-def _write(path: Path, body: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edge_agent.energy.files import NumberFile
+from edge_agent.energy.nvml import cards
 
 FILES = (
     "sys/devices/gpu.0/load",
@@ -48,23 +48,16 @@ def _thousandths(number: int | None) -> float | None:
 
 
 def _cards(root: Path, library: Any) -> GpuLoad | None:
-    if library is None and not (root / "dev/nvidiactl").exists():
+    found = cards(root, library)
+    if found is None:
         return None
-    try:
-        library = library or importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        library.nvmlInit()
-        handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
-    except library.NVMLError:
-        return None
+    nvml, handles = found
 
     def read() -> float | None:
         try:
-            busy = [library.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
-        except library.NVMLError:
+            busy = [nvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+        except nvml.NVMLError:
             return None
         return float(sum(busy) / (100 * len(busy)))
 
-    return GpuLoad(read, "nvml") if handles else None
+    return GpuLoad(read, "nvml")

@@ -45,23 +45,30 @@ class Nvml(CounterSum):
     @classmethod
     def probe(cls, profile: DeviceProfile, root: Path, library: Any = None) -> Self | None:
         """Return a sensor if library, driver and a card with a counter are there, on the real machine."""
-        if library is None and not (root / "dev/nvidiactl").exists():
+        found = cards(root, library)
+        if found is None:
             return None
         try:
-            library = library or importlib.import_module("pynvml")
-        except ImportError:
+            sensor = cls(*found, relative_error(profile, cls.name))
+        except found[0].NVMLError:
             return None
-        try:
-            library.nvmlInit()
-            count = library.nvmlDeviceGetCount()
-            sensor = cls(
-                library,
-                [library.nvmlDeviceGetHandleByIndex(i) for i in range(count)],
-                relative_error(profile, cls.name),
-            )
-        except library.NVMLError:
-            return None
-        return sensor if count and sensor.joules(0.0) is not None else None
+        return sensor if sensor.joules(0.0) is not None else None
+
+
+def cards(root: Path, library: Any = None) -> tuple[Any, list[Any]] | None:
+    """Return NVIDIA's library and the handles of its cards; `None` without library, driver or cards."""
+    if library is None and not (root / "dev/nvidiactl").exists():
+        return None
+    try:
+        library = library or importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        library.nvmlInit()
+        handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+    except library.NVMLError:
+        return None
+    return (library, handles) if handles else None
 
 
 SENSOR = Nvml

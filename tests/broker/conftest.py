@@ -14,6 +14,7 @@ import pytest
 from foundation.mqtt import MqttSettings
 from hedgerow.broker import EmbeddedBroker, find_broker
 from tests.conftest import require_service
+from tests.processes import AGENTS, Processes, write_data
 
 LONG = pytest.mark.skipif(
     not os.environ.get("HEDGEROW_LONG"),
@@ -74,3 +75,22 @@ def run_broker(tmp_path: Path) -> Iterator[RunBroker]:
     for process in running:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
+    require_service(find_broker() is not None, "MQTT broker")
+    with EmbeddedBroker(tmp_path_factory.mktemp("broker") / "it") as broker:
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def processes(
+    tmp_path_factory: pytest.TempPathFactory, running_broker: EmbeddedBroker
+) -> Iterator[Processes]:
+    whole = Processes(tmp_path_factory.mktemp("processes"), running_broker.port)
+    for agent in AGENTS:
+        write_data(whole.folder, int(agent[1:]))
+        whole.start_agent(agent)
+    yield whole
+    whole.close()

@@ -7,18 +7,16 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from coordinator.settings import RunSettings
-from hedgerow.broker import EmbeddedBroker, find_broker
+from hedgerow.broker import EmbeddedBroker
 from hedgerow.children import spawn
-from tests.conftest import require_service
 from tests.fleet import run_settings
-from tests.processes import AGENTS, Processes, until, write_data
+from tests.processes import Processes, until
 
 pytestmark = [
     pytest.mark.broker,
@@ -32,25 +30,6 @@ KEEPALIVE_S = 10
 def run_of(name: str, **changes: object) -> RunSettings:
     settings = {"warm_up": 0, "target": 0.5, "every": 2, "learning_rate": 5e-3, "epochs": 2}
     return run_settings(name=name, settings=settings, **changes)
-
-
-@pytest.fixture(scope="module")
-def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
-    require_service(find_broker() is not None, "MQTT broker")
-    with EmbeddedBroker(tmp_path_factory.mktemp("broker") / "it") as broker:
-        yield broker
-
-
-@pytest.fixture(scope="module")
-def processes(
-    tmp_path_factory: pytest.TempPathFactory, running_broker: EmbeddedBroker
-) -> Iterator[Processes]:
-    whole = Processes(tmp_path_factory.mktemp("processes"), running_broker.port)
-    for agent in AGENTS:
-        write_data(whole.folder, int(agent[1:]))
-        whole.start_agent(agent)
-    yield whole
-    whole.close()
 
 
 def disk_of(pid: int, most_bytes: int) -> None:

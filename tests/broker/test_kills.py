@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,9 @@ import pytest
 from coordinator.settings import RunSettings
 from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.transport import MemoryBroker
-from hedgerow.broker import EmbeddedBroker, find_broker
-from tests.conftest import require_service
+from hedgerow.broker import EmbeddedBroker
 from tests.fleet import TOPICS, fleet, memory, run_settings
-from tests.processes import AGENTS, Processes, loader, until, write_data
+from tests.processes import AGENTS, Processes, loader, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
@@ -30,13 +29,6 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 def run_of(name: str) -> RunSettings:
     settings = {"warm_up": 0, "target": 0.5, "every": 2, "learning_rate": 5e-3, "epochs": 20}
     return run_settings(name=name, settings=settings)
-
-
-@pytest.fixture(scope="module")
-def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
-    require_service(find_broker() is not None, "MQTT broker")
-    with EmbeddedBroker(tmp_path_factory.mktemp("broker")) as broker:
-        yield broker
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +42,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             return whole.state().to_bytes()
 
     return asyncio.run(unbroken())
-
-
-@pytest.fixture(scope="module")
-def processes(
-    tmp_path_factory: pytest.TempPathFactory, running_broker: EmbeddedBroker
-) -> Iterator[Processes]:
-    whole = Processes(tmp_path_factory.mktemp("processes"), running_broker.port)
-    for agent in AGENTS:
-        write_data(whole.folder, int(agent[1:]))
-        whole.start_agent(agent)
-    yield whole
-    whole.close()
 
 
 async def introduced(port: int) -> None:

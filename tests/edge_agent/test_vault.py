@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.vault import Outgoing, Personal, Vault, write_atomic
+from edge_agent.vault import Outgoing, Personal, Vault
 from foundation.errors import SettingsError
 from foundation.parameters import Parameters
 
@@ -96,15 +95,6 @@ def test_a_torn_temporary_file_is_ignored_and_swept(tmp_path: Path) -> None:
     assert found.round == 1
     Vault(tmp_path, "a")
     assert not torn.exists()
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-    (tmp_path / f".file.{os.getpid()}.tmp").mkdir()  # nothing can be written beside it
-    with pytest.raises(IsADirectoryError):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 WRITER = """

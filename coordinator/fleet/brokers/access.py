@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from coordinator.fleet.authority import Certified
+from foundation.durable import write_whole
 from foundation.errors import SettingsError
 from foundation.topics import ROOT, Topics
 
@@ -119,14 +120,7 @@ def write(folder: Path, files: Mapping[str, str]) -> list[str]:
         path = folder / name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
-        beside = path.with_name(f".{name}.{os.getpid()}.tmp")
-        beside.unlink(missing_ok=True)
-        with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o640), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chown(beside, -1, folder.stat().st_gid)
-        beside.replace(path)
+        write_whole(path, text.encode(), mode=0o640, group=folder.stat().st_gid)
         changed.append(name)
     return changed
 

@@ -129,6 +129,11 @@ def test_the_keyring_has_keys_of_those_who_joined_and_refuses_the_others(records
     keys = secret.shared("pi", bytes.fromhex(KEY)).seals
     assert (ring.key_to_read(card), ring.key_to_write(work)) == (keys.up, keys.down)
     assert ring.key_to_read(topics.coordinator_presence) is None
+    records.join(invited(records), "po", OTHER)
+    with pytest.raises(NotEnrolled, match="never joined"):
+        ring.key_to_read(topics.of("po", "card"))
+    ring.look_again()  # as the gate says when somebody joins: its first letter must not be lost
+    assert ring.key_to_read(topics.of("po", "card")) is not None
     records.revoke("pi", "sold", who="me")
     now[0] += 2
     with pytest.raises(NotEnrolled, match="revoked: sold"):
