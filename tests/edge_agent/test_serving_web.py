@@ -1,4 +1,4 @@
-"""The short way through HTTP reads what h11 reads, or leaves it to h11; whatever comes is answered once."""
+"""HTTP as it comes over a socket: whatever comes is answered once, by both of uvicorn's parsers."""
 
 from __future__ import annotations
 
@@ -9,87 +9,24 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import h11
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from edge_agent.serving.predictor import Predictor
-from edge_agent.serving.web import plain
 from tests.served import Server, publish, serving
 
-PLAIN = b"POST /v2?a=b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nX-Some:  thing \r\n\r\nab"
-PIECES = (
-    b"GET ", b"POST ", b"/", b"/a%2f", b"?", b" HTTP/1.1", b" HTTP/1.0", b"\r\n", b"\n", b"\r", b" ", b"\t",
-    b":", b"Host: x", b"Content-Length: 2", b"content-length: +2", b"Content-Length: 2, 2", b"X-Y: z",
-    b"Transfer-Encoding: chunked", b"Connection: close", b"Connection: keep-alive", b"Expect: 100-continue",
-    b"X Y: z", b"\r\n\r\n", b"ab", b"\x00", b"\xff", b"0\r\n\r\n",
-)  # fmt: skip
 
-
-def by_h11(data: bytes) -> tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes]:
-    """What h11 makes of one whole request; it has to end with the data."""
-    connection = h11.Connection(h11.SERVER)
-    connection.receive_data(data)
-    request = connection.next_event()
-    assert isinstance(request, h11.Request)
-    body = b""
-    while isinstance(event := connection.next_event(), h11.Data):
-        body += event.data
-    assert isinstance(event, h11.EndOfMessage)
-    assert connection.trailing_data == (b"", False)
-    assert connection.their_state is h11.DONE, "it would be kept open"
-    return request.method, request.target, [(k.lower(), v) for k, v in request.headers], body
-
-
-@given(st.lists(st.sampled_from(PIECES), max_size=14).map(b"".join) | st.binary(max_size=60))
-@example(PLAIN)
-@example(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-@example(b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
-@example(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab")
-@example(b"POST / HTTP/1.1\r\nHost: x\r\nX: y\r\n folded\r\n\r\n")
-def test_what_is_plain_means_the_same_to_h11(data: bytes) -> None:
-    found = plain(data)
-    if found is None:
-        return
-    method, target, headers, body = by_h11(data)
-    path = found.path.encode() + (b"?" + found.query if b"?" in target else b"")
-    assert (found.method.encode(), path, found.headers, found.body) == (method, target, headers, body)
-
-
-@given(st.integers(0, len(PLAIN) - 1), st.integers(0, 255))
-def test_one_byte_of_a_plain_request_may_be_any(place: int, value: int) -> None:
-    data = PLAIN[:place] + bytes([value]) + PLAIN[place + 1 :]
-    if (found := plain(data)) is not None:
-        assert by_h11(data)[2:] == (found.headers, found.body)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        PLAIN[:-1],
-        PLAIN + b"G",
-        PLAIN.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked"),
-        PLAIN.replace(b"X-Some:  thing ", b"Connection: close"),
-        PLAIN.replace(b"X-Some:  thing ", b"Expect: 100-continue"),
-        PLAIN.replace(b"X-Some:  thing ", b"Content-Length: 2"),
-        PLAIN.replace(b"X-Some:  thing ", b"X-Long: " + b"y" * 9000),
-        PLAIN.replace(b"Host: localhost\r\n", b""),
-        PLAIN.replace(b"/v2?", b"/v%32?"),
-        PLAIN.replace(b"POST", b"HEAD"),
-    ],
-)
-def test_the_rest_is_left_to_h11(data: bytes) -> None:
-    assert plain(PLAIN) is not None
-    assert plain(data) is None
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["httptools", "h11"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with each of uvicorn's parsers; without httptools, which a device may lack, it takes h11."""
     folder = tmp_path_factory.mktemp("artifacts")
     publish(folder)
-    with serving(folder) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "h11":
+            hidden = tmp_path_factory.mktemp("hidden")
+            (hidden / "httptools.py").write_text("raise ImportError('hidden by the test')\n")
+            patch.setenv("PYTHONPATH", str(hidden), prepend=os.pathsep)
+        with serving(folder) as running:
+            yield running
 
 
 def connected(server: Server) -> socket.socket:
@@ -117,7 +54,7 @@ ASK = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 UNKNOWN = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-def test_plain_requests_and_others_in_one_connection(server: Server) -> None:
+def test_whole_and_chunked_requests_in_one_connection(server: Server) -> None:
     with connected(server) as line:
         chunked = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         chunked += b"2\r\n{}\r\n0\r\n\r\n"
