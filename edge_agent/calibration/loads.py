@@ -140,15 +140,15 @@ class Running:
 
     def __init__(self, programs: Sequence[Sequence[str]]) -> None:
         self._programs = programs
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._errors: list[IO[bytes]] = []
+        self._children: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        """With what each writes to its standard error."""
 
     def __enter__(self) -> Self:
         try:
             for program in self._programs:
                 self._start(program)
             deadline = time.monotonic() + READY_S
-            for child in self._children:
+            for child, _ in self._children:
                 self._wait(child, deadline)
         except BaseException:
             self.stop()
@@ -163,11 +163,11 @@ class Running:
     @property
     def pids(self) -> list[int]:
         """The children."""
-        return [child.pid for child in self._children]
+        return [child.pid for child, _ in self._children]
 
     def check(self) -> None:
         """Raise `HedgerowError` with its last words if a child has ended."""
-        for child, said in zip(self._children, self._errors, strict=True):
+        for child, said in self._children:
             if child.poll() is not None:
                 said.seek(0)
                 words = said.read()[-2000:].decode(errors="replace").strip()
@@ -175,20 +175,19 @@ class Running:
 
     def stop(self) -> None:
         """End all children."""
-        for child in self._children:
+        for child, _ in self._children:
             child.kill()
-        for child, said in zip(self._children, self._errors, strict=True):
+        for child, said in self._children:
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
             said.close()
-        self._children, self._errors = [], []
+        self._children = []
 
     def _start(self, program: Sequence[str]) -> None:
         said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child; stop() closes it
-        self._errors.append(said)
-        self._children.append(
-            subprocess.Popen(
+        try:
+            child = subprocess.Popen(
                 bound_to_parent(program),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -196,7 +195,10 @@ class Running:
                 env={**os.environ, **({} if "edge_agent.training.load" in program else ONE_THREAD)},
                 process_group=0,  # so that Ctrl-C reaches us, and we end them
             )
-        )
+        except BaseException:  # Ctrl-C in the middle of it, too; a child that is there ends with us
+            said.close()
+            raise
+        self._children.append((child, said))
 
     def _wait(self, child: subprocess.Popen[bytes], deadline: float) -> None:
         assert child.stdout is not None

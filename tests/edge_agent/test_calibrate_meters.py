@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -335,3 +338,22 @@ def test_a_session_writes_down_what_all_saw_over_the_same_time(tmp_path: Path) -
     (place / "get_throttled").write_text("50005\n")
     (step,) = session.run([IDLE])
     assert step.throttled is True
+
+
+def test_an_interrupt_while_a_load_is_started_stays_one_and_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def interrupted(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise KeyboardInterrupt
+        started.append(real(*arguments, **more))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    command = [sys.executable, "-m", "edge_agent.calibration.load", "matmul", "--core", "0", "--duty", "0.1"]
+    with pytest.raises(KeyboardInterrupt), Running([command, command]):
+        pass
+    assert started[0].poll() is not None
