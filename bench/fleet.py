@@ -35,6 +35,7 @@ from typing import Any
 
 import psutil
 
+from edge_agent.agent import RESTING_S
 from foundation.process import bound_to_parent
 from hedgerow.broker import find_broker
 
@@ -43,7 +44,7 @@ WIDTHS = {1: 104, 10: 324}
 """Model width that makes so many MB of float32."""
 FLOWER = {(2, 1): 6.67, (2, 10): 10.3, (10, 1): 26.9, (10, 10): 28.6}
 BARS = {(2, 1): 0.3, (2, 10): 1.5, (10, 1): 1.0, (10, 10): 6.0}
-IDLE_S = 60.0
+IDLE_S = 300.0
 WAIT_S = 300.0
 
 
@@ -203,6 +204,7 @@ def measured(agents: int, mb: int, rounds: int, inside: list[str] | None, idle_s
             idle: float | None = None
             rss = max(agent.memory_info().rss for agent in fleet.agents)
             if idle_s:
+                time.sleep(RESTING_S + 5)  # until it rests: introductions are over, telemetry is rare
                 before = wire_bytes()
                 time.sleep(idle_s)  # what is measured is that nothing happens
                 after = wire_bytes()

@@ -92,7 +92,7 @@ logger = logging.getLogger(__name__)
 
 TELEMETRY_S = 0.5
 IDLE_TELEMETRY_S = 5.0
-RARE_TELEMETRY_S = 120.0
+RARE_TELEMETRY_S = 300.0
 """The same once it has had nothing to do for `RESTING_S`: many devices share one poor uplink."""
 RESTING_S = 60.0
 RETRY_S = 30.0

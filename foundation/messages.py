@@ -245,7 +245,7 @@ class Refusal(Frozen):
 
 
 class Telemetry(Frozen):
-    """Live progress of one agent, QoS 0: twice a second while it works, every 120 s when it rests."""
+    """Live progress of one agent, QoS 0: twice a second while it works, every 300 s when it rests."""
 
     agent: str
     stage: Stage

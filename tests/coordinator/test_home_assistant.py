@@ -423,7 +423,9 @@ async def test_a_folder_that_is_full_is_said_and_the_states_go_on(
 ) -> None:
     task = house.task()
     house.introduce("pi")
-    house.folder = house.folder / "gone"
+    full = house.folder / "full"
+    full.write_bytes(b"")  # a file where a folder would have to be: nothing can be kept in it
+    house.folder = full
     broken = house.task()
     await broken.tick()
     assert "joules of today are not kept" in caplog.text

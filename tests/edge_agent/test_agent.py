@@ -505,4 +505,4 @@ async def test_another_protocol_is_named_with_what_to_do(
 
 def test_an_agent_that_rests_says_little() -> None:
     assert pause_s(0) == pause_s(59) == 5
-    assert pause_s(61) == pause_s(1e9) == 120
+    assert pause_s(61) == pause_s(1e9) == 300
