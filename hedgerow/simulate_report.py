@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from coordinator.live import Event, Listener
+from coordinator.roster import STRIKES
+from coordinator.store.quarantine import Case
 from coordinator.store.records import UpdateRecord
 from coordinator.store.sql import Store
 from foundation.artifact import Manifest
@@ -94,6 +96,21 @@ class LateTurn(Frozen):
     others: float | None
 
 
+class Quarantined(Frozen):
+    """One device's updates that were not merged, of one cause."""
+
+    agent: str
+    cause: str
+    """`malformed` or `outside` (`coordinator.store.quarantine.Case`)."""
+    rounds: tuple[int, ...]
+    """In which it happened; without those whose number could not be read."""
+    updates: int
+    reason: str
+    """Of the last one."""
+    set_aside: bool
+    """Whether the device was asked no more: it had `coordinator.roster.STRIKES` of them, of any cause."""
+
+
 class SimulationReport(Frozen):
     """The whole simulation."""
 
@@ -106,6 +123,8 @@ class SimulationReport(Frozen):
     """Every device in every round that asked it, by round and name."""
     refusals: tuple[str, ...]
     """What devices would not do, with their reasons."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Updates that the coordinator did not merge; of very many the oldest are not kept."""
     artifacts: tuple[Manifest, ...]
     late: tuple[LateTurn, ...] = ()
     """Late joiners in their first rounds."""
@@ -145,9 +164,24 @@ def gather(
         rounds=tuple(rounds),
         devices=tuple(devices),
         refusals=tuple(f"round {r.round}, {r.agent}: {r.reason}" for r in store.refusals(run)),
+        quarantined=tuple(_quarantined(store.quarantine.cases(run))),
         artifacts=tuple(sorted(store.artifacts(run), key=lambda m: m.agent)),
         late=tuple(_late_turns(devices, late)),
     )
+
+
+def _quarantined(cases: Sequence[Case]) -> Iterator[Quarantined]:
+    """Bring together what one device's updates were refused for; `cases` has the newest first."""
+    for agent, cause in sorted({(case.agent, case.cause) for case in cases}):
+        mine = [case for case in cases if (case.agent, case.cause) == (agent, cause)]
+        yield Quarantined(
+            agent=agent,
+            cause=cause,
+            rounds=tuple(sorted({case.round for case in mine if case.round is not None})),
+            updates=len(mine),
+            reason=mine[0].reason,
+            set_aside=sum(case.agent == agent for case in cases) >= STRIKES,
+        )
 
 
 def _device_round(record: UpdateRecord) -> DeviceRound:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from foundation.energy import split_by_kind
 from hedgerow.demo_screen import bytes_text, joules_text
-from hedgerow.simulate_report import SimulationReport
+from hedgerow.simulate_report import Quarantined, SimulationReport
 
 SHOWN_DEVICES = 20
 AVERAGED = frozenset({"fedavg", "fedprox"})
@@ -32,6 +32,8 @@ def show(report: SimulationReport, console: Console) -> None:
         console.print(table)
     for refusal in report.refusals:
         console.print(f"refused: {refusal}", style="yellow", markup=False, highlight=False)
+    for case in report.quarantined:
+        console.print(_quarantine_line(case), style="yellow", markup=False, highlight=False)
     console.print(_energy_line(report), highlight=False)
     console.print(f"the simulation took {report.seconds:.1f} s", highlight=False)
 
@@ -116,6 +118,13 @@ def _artifacts(report: SimulationReport) -> Table:
             f"{m.parity:.0e}",
         )
     return table
+
+
+def _quarantine_line(case: Quarantined) -> str:
+    rounds = ", ".join(map(str, case.rounds)) or "not known"
+    many = "an update" if case.updates == 1 else f"{case.updates} updates"
+    then = ", then set aside" if case.set_aside else ""
+    return f"quarantined: {many} of {case.agent}{then} ({case.cause}; round {rounds}): {case.reason}"
 
 
 def _energy_line(report: SimulationReport) -> str:

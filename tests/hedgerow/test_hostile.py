@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from coordinator.store.sql import Store
 from foundation.codec import frame_of, update_from
@@ -16,6 +17,8 @@ from foundation.parameters import Parameters
 from foundation.work import Encoding
 from hedgerow.hostile import ATTACKS, poisoned, with_nan
 from hedgerow.simulate import simulate, simulation_of
+from hedgerow.simulate_report import SimulationReport
+from hedgerow.simulate_tables import show
 from hedgerow.virtual import RUN
 from tests.toys import toy_data
 
@@ -60,6 +63,29 @@ def test_a_simulation_rehearses_attacks(tmp_path: Path) -> None:
         *(("device-0", n, "malformed") for n in (1, 2)),
         *(("device-3", n, "outside") for n in (1, 2)),
     }
+
+
+def test_a_simulation_says_who_was_quarantined(tmp_path: Path) -> None:
+    simulation = simulation_of(
+        devices=4,
+        rounds=4,
+        strategy="fedavg",
+        limit=300,
+        partition="iid",
+        settings={"epochs": 1},
+        model={"width": 8, "depth": 1, "heads": 2, "patch": 4},
+        hostile={0: "nan"},
+    )
+    report = simulate(simulation, tmp_path)
+    (case,) = report.quarantined
+    assert (case.agent, case.cause, case.rounds, case.updates) == ("device-0", "malformed", (1, 2, 3), 3)
+    assert case.set_aside
+    assert "device-0" not in {d.agent for d in report.devices}
+    console = Console(width=200, record=True)
+    show(report, console)
+    said = console.export_text()
+    assert "quarantined: 3 updates of device-0, then set aside (malformed; round 1, 2, 3): array" in said
+    assert SimulationReport.model_validate_json(report.model_dump_json()).quarantined == report.quarantined
 
 
 def test_what_cannot_attack_is_said_by_name() -> None:
