@@ -17,9 +17,11 @@ from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
-from coordinator.web import api, pages, rollout, stream
+from coordinator.web import api, rollout, stream
 from coordinator.web.door import Door
 from coordinator.web.models import Control
+from coordinator.web.pages import site
+from coordinator.web.pages.shell import HERE as WEB
 
 # Everything comes from here. Plotly writes styles into the elements that it makes, hence the one exception.
 POLICY = (
@@ -67,8 +69,8 @@ def create_app(
     if models is not None:
         app.include_router(rollout.routes(store, models))
     app.include_router(stream.routes(live, status_every_s=status_every_s))
-    app.include_router(pages.routes(store, live, clock))
-    app.mount("/static", StaticFiles(directory=pages.HERE / "static"), name="static")
+    app.include_router(site.routes(store, live, clock))
+    app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     return app
 
 

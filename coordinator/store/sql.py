@@ -413,6 +413,13 @@ class Store(PlugVerbs, RolloutVerbs):
             count = sa.select(sa.func.count()).select_from(table).where(table.c.run == run)
             return int(connection.execute(count).scalar_one())
 
+    def counts(self, run: str) -> dict[int, int]:
+        """Return how many updates each round of a run has; rounds without any are not there."""
+        table = schema.updates
+        query = sa.select(table.c.round, sa.func.count()).where(table.c.run == run).group_by(table.c.round)
+        with self._reading() as connection:
+            return {int(round): int(count) for round, count in connection.execute(query)}
+
     def late_updates(self, run: str, after: int) -> list[tuple[int, str]]:
         """Return the updates that came after their round was closed, and no round was made of so far.
 

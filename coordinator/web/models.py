@@ -195,10 +195,11 @@ class RunView(BaseModel):
 
 
 class Spread(BaseModel):
-    """A figure over agents: the plain mean, and the worst agent's."""
+    """A figure over agents: plain mean, the worst, and the mean of the worst tenth, one at least."""
 
     mean: float
     worst: float
+    worst_tenth: float
     agents: int
 
     @classmethod
@@ -207,7 +208,13 @@ class Spread(BaseModel):
         known = [value for value in values if value is not None]
         if not known:
             return None
-        return cls(mean=math.fsum(known) / len(known), worst=min(known), agents=len(known))
+        tenth = sorted(known)[: max(1, len(known) // 10)]
+        return cls(
+            mean=math.fsum(known) / len(known),
+            worst=tenth[0],
+            worst_tenth=math.fsum(tenth) / len(tenth),
+            agents=len(known),
+        )
 
 
 class UpdateView(BaseModel):
@@ -313,6 +320,8 @@ class RoundView(BaseModel):
     """Updates whose joules nobody knows."""
     wire_bytes: int
     """Of all updates together, as they travelled up."""
+    received_bytes: int | None
+    """What came down for them; `None` when no device said."""
 
     @classmethod
     def of(cls, record: RoundRecord, updates: Sequence[UpdateView]) -> RoundView:
@@ -336,6 +345,7 @@ class RoundView(BaseModel):
             joules=split_by_kind(readings),
             unknown_energy=len(updates) - sum(reading.joules is not None for reading in readings),
             wire_bytes=sum(update.wire_bytes or 0 for update in updates),
+            received_bytes=_sum(update.received_bytes for update in updates),
         )
 
 
@@ -386,6 +396,11 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _whole(value: object) -> int | None:

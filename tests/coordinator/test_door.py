@@ -70,7 +70,7 @@ async def test_nobody_without_a_token_sees_anything_but_whether_it_is_alive(hous
             "/api/v1/agents",
             "/api/v1/openapi.json",
             "/api/v1/events",
-            "/parts/now",
+            "/parts/overview/now",
         ):
             answer = await client.get(path)
             assert answer.status_code == 401, path

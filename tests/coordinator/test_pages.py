@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -17,9 +18,11 @@ from coordinator.app import create_app
 from coordinator.live import Live
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
-from coordinator.web import pages
+from coordinator.web.pages import overview, shell, words
+from coordinator.web.pages.seen import SeenRounds
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Telemetry, Unavailable
+from foundation.spec import ModelSpec
 from tests.coordinator.filled_store import NOON, SPEC, Clock, Engine, enliven, fill
 
 VOID = {"meta", "link", "br", "input"}
@@ -83,21 +86,21 @@ async def visit(tmp_path: Path) -> AsyncIterator[Visit]:
             yield Visit(store, live, clock, client)
 
 
-def words(page: str) -> str:
+def read(page: str) -> str:
     """Return what a reader sees, without tags, in one line."""
     return re.sub(r"\s+", " ", re.sub(r"<script.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL))
 
 
 @pytest.mark.anyio
 async def test_an_empty_page_says_what_to_do_next(visit: Visit) -> None:
-    told = words(await visit.get())
+    told = read(await visit.get())
     assert "No run is under way" in told
     assert "hedgerow agent --config agent.toml" in told
     visit.live.card(AgentCard(agent="pi", version="0", profile="p", examples=1))
-    told = words(await visit.get())
+    told = read(await visit.get())
     assert "1 agent known, none online" in told
     visit.live.presence("pi", online=True)
-    told = words(await visit.get())
+    told = read(await visit.get())
     assert "1 of 1 agent online. Begin a run: curl -X POST" in told
 
 
@@ -106,7 +109,7 @@ async def test_a_run_under_way(visit: Visit) -> None:
     fill(visit.store, visit.clock)
     enliven(visit.live, visit.clock)
     page = await visit.get()
-    told = words(page)
+    told = read(page)
     for piece in (
         "greenhouse-1 collecting",
         "Round 6 of 10",
@@ -121,7 +124,7 @@ async def test_a_run_under_way(visit: Visit) -> None:
         "300.0 KiB",
         "free memory is 41 MiB",
         "round 5 closed: 4 of 4 updates",
-        "22 updates in all",
+        "FedAvg, dense float32 computed",
     ):
         assert piece in told, piece
     assert 'href="http://192.0.2.7:8000"' in page
@@ -138,7 +141,7 @@ async def test_modelled_joules_never_look_measured(visit: Visit) -> None:
     for kind, about, badge, said in figures:
         assert kind == badge == said
         assert bool(about) == (kind == "modelled")
-    assert "1 not known" in words(page)
+    assert "1 not known" in read(page)
     assert page.count(" J</span>") + page.count("kJ</span>") == len(figures)  # no joules without their kind
 
 
@@ -148,13 +151,13 @@ async def test_the_fleet_says_who_is_skipped_eased_or_not_available_and_why(visi
         visit.live.card(AgentCard(agent=name, version="0", profile="p", examples=1))
     visit.live.asked("a", skipped="its 40 J are spent")
     visit.live.asked("b", eased="1 of 2 local epochs")
-    told = words(await visit.get("/parts/fleet"))
+    told = read(await visit.get("/parts/fleet"))
     assert "skipped: its 40 J are spent" in told
     assert "eased: 1 of 2 local epochs" in told
     visit.live.asked("b")
     hot = Unavailable(cause="heat", reason="it is too hot: 81 °C, the limit is 75 °C")
     visit.live.card(AgentCard(agent="a", version="0", profile="p", examples=1, unavailable=hot))
-    told = words(await visit.get("/parts/fleet"))
+    told = read(await visit.get("/parts/fleet"))
     assert "not available: it is too hot: 81 °C, the limit is 75 °C" in told
     assert "eased" not in told
     assert "skipped" not in told
@@ -198,35 +201,132 @@ async def test_figures_that_are_not_finite_or_not_there_are_dashes(visit: Visit)
     visit.store.add_update("r", 1, "a", b"f", {"metrics": {"accuracy": math.nan, "loss": math.inf}})
     visit.live.telemetry(Telemetry(agent="a", stage=Stage.TRAIN, kept_units=(0, 0), hidden_units=4))
     page = await visit.get()
-    assert not re.search(r"\b[Nn]a[Nn]\b|\binf\b|\bNone\b|undefined", words(page))
-    assert "– → –" in words(page)
-    assert "0 of 8 0 %" in words(page)
+    assert not re.search(r"\b[Nn]a[Nn]\b|\binf\b|\bNone\b|undefined", read(page))
+    assert "– → –" in read(await visit.get("/runs/r/rounds/1"))
+    assert "0 of 8 0 %" in read(page)
 
 
 @pytest.mark.anyio
 async def test_the_chart_has_the_four_lines(visit: Visit) -> None:
     fill(visit.store, visit.clock)
     page = await visit.get()
-    found = re.search(r'id="chart-data">(.*?)</script>', page)
+    found = re.search(r'id="chart-accuracy">(.*?)</script>', page)
     assert found
     chart = json.loads(found.group(1))
-    assert chart["rounds"] == [1, 2, 3, 4, 5]  # the sixth is open
-    assert chart["sent"]["worst"] == [10.0] * 5
-    assert all(w <= m for w, m in zip(chart["trained"]["worst"], chart["trained"]["mean"], strict=True))
+    lines = {line["name"]: line for line in chart["data"]}
+    assert len(lines) == 4
+    assert all(line["x"] == [1, 2, 3, 4, 5] for line in lines.values())  # the sixth is open
+    assert lines["as sent, worst"]["y"] == [10.0] * 5
+    worst, mean = (lines[f"after training, {which}"]["y"] for which in ("worst", "mean"))
+    assert all(w <= m for w, m in zip(worst, mean, strict=True))
+
+
+PAGES = ("/", "/fleet", "/models", "/runs/greenhouse-1/rounds/3", "/runs/greenhouse-1/rounds/6")
 
 
 @pytest.mark.anyio
-async def test_parts_are_pieces_of_the_page(visit: Visit) -> None:
+@pytest.mark.parametrize("address", PAGES)
+async def test_parts_are_pieces_of_their_page(visit: Visit, address: str) -> None:
     fill(visit.store, visit.clock)
     enliven(visit.live, visit.clock)
-    page = await visit.get()
-    for part in ("now", "fleet", "run"):
-        assert f'id="{part}"' in page
-        assert (await visit.get(f"/parts/{part}")).strip() in page
+    page = await visit.get(address)
+    parts = re.findall(r'data-part="([^"]+)"', page)
+    assert parts
+    for part in parts:
+        told = await visit.get(html.unescape(part))
+        assert told.strip() in page
         # The script replaces innermost pieces with an id, so what holds another must not change itself.
-        holders = {outer for outer, _ in Outline(await visit.get(f"/parts/{part}")).nested}
+        holders = {outer for outer, _ in Outline(told).nested}
         assert holders <= {"fleet-table"}
-    assert (await visit.client.get("/parts/other")).status_code == 422
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("address", PAGES)
+async def test_every_page_has_one_heading_a_title_and_the_way_to_the_others(
+    visit: Visit, address: str
+) -> None:
+    for filled in (False, True):
+        if filled:
+            fill(visit.store, visit.clock)
+            enliven(visit.live, visit.clock)
+        answer = await visit.client.get(address)
+        if answer.status_code == 200:
+            assert re.search(r"<title>[^<]*Hedgerow[^<]*</title>", answer.text)
+            assert answer.text.count("<h1") == 1
+            assert {place.path for place in shell.PLACES} <= set(Outline(answer.text).loads)
+            assert len(answer.content) < 300_000
+    assert answer.status_code == 200
+
+
+@pytest.mark.anyio
+async def test_an_unknown_part_round_or_run_is_not_found(visit: Visit) -> None:
+    assert (await visit.client.get("/parts/overview/other")).status_code == 422
+    assert (await visit.client.get("/runs/nobody/rounds/1")).status_code == 404
+    fill(visit.store, visit.clock)
+    assert (await visit.client.get("/runs/greenhouse-1/rounds/99")).status_code == 404
+
+
+@pytest.mark.anyio
+async def test_a_round_says_who_took_part_and_who_did_not(visit: Visit) -> None:
+    fill(visit.store, visit.clock)
+    visit.store.add_refusal("greenhouse-1", 3, "pi-kitchen", "the disk is full", NOON)
+    visit.store.quarantine.keep(
+        "vps-1", b"frame", cause="outside", reason="ten times the others", run="greenhouse-1", round=3
+    )
+    told = read(await visit.get("/runs/greenhouse-1/rounds/3"))
+    assert "Updates 4 of 4" in told
+    assert "pi-kitchen refused: the disk is full" in told
+    assert "vps-1 quarantined (outside): ten times the others" in told
+    assert "the disk is full" not in read(await visit.get("/runs/greenhouse-1/rounds/2"))
+
+
+@pytest.mark.anyio
+async def test_a_large_fleet_comes_in_pages(visit: Visit) -> None:
+    for n in range(250):
+        visit.live.card(AgentCard(agent=f"pi-{n:03}", version="0", profile="p", examples=1))
+    assert "pi-000" not in await visit.get("/")  # too many for the overview
+    seen: list[str] = []
+    address: str | None = "/fleet"
+    while address is not None:
+        page = await visit.get(address)
+        seen += re.findall(r'id="agent-(pi-\d+)"', page)
+        following = re.search(r'href="(/fleet\?after=[^"]+)"', page)
+        address = following and following[1]
+    assert seen == [f"pi-{n:03}" for n in range(250)]
+
+
+@pytest.mark.anyio
+async def test_sums_stand_beside_what_fedavg_would_send(visit: Visit) -> None:
+    fill(visit.store, visit.clock)
+    spec = ModelSpec.model_validate_json(SPEC)
+    dense = sum(4 * math.prod(shape) for name, shape in spec.layout if not name.endswith(".threshold"))
+    run = visit.store.run("greenhouse-1")
+    rounds = SeenRounds(visit.store).latest("greenhouse-1", 200)
+    sums = overview.Sums(run, rounds)
+    assert sums.updates == 22
+    assert sums.fedavg_bytes == 2 * 22 * dense
+    told = read(await visit.get("/parts/overview/sums"))
+    assert f"computed {words.size(2 * 22 * dense)} this run: " in told
+    assert "Worst 10 % of devices, after" in told
+
+
+def test_a_closed_round_is_read_once_until_a_late_update_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    with Store.open(tmp_path, clock=clock) as store:
+        fill(store, clock)
+        asked: list[int] = []
+        plain = store.updates
+        monkeypatch.setattr(store, "updates", lambda run, n: (asked.append(n), plain(run, n))[1])
+        seen = SeenRounds(store)
+        first = seen.latest("greenhouse-1", 200)
+        assert asked == [1, 2, 3, 4, 5, 6]
+        assert seen.latest("greenhouse-1", 200) == first
+        assert asked[6:] == [6]  # the open one
+        store.add_update("greenhouse-1", 2, "late", b"f", {"metrics": {"accuracy": 0.0}})
+        assert seen.latest("greenhouse-1", 200)[1].updates == 5
+        assert asked[7:] == [2, 6]
 
 
 @pytest.mark.anyio
@@ -235,8 +335,8 @@ async def test_an_older_run_can_be_looked_at(visit: Visit) -> None:
     visit.clock.now += 60
     fill(visit.store, visit.clock, rounds=2, run="new")
     assert "Rounds of new" in await visit.get()
-    assert 'data-run="old"' in await visit.get("/?run=old")
-    assert "Rounds of old" in await visit.get("/parts/run?run=old")
+    assert 'data-part="/parts/overview/run?run=old"' in await visit.get("/?run=old")
+    assert "Rounds of old" in await visit.get("/parts/overview/run?run=old")
     assert (await visit.client.get("/?run=nobody")).status_code == 404
 
 
@@ -247,50 +347,50 @@ async def test_nothing_is_loaded_from_another_machine(visit: Visit) -> None:
     assert "default-src 'none'" in policy
     assert "script-src 'self';" in policy
     for address in Outline(answer.text).loads:
-        assert address.startswith(("/", "data:,"))
+        assert address.startswith(("/", "data:,", "#"))
         if address.startswith("/static/"):
             loaded = await visit.client.get(address)
             assert loaded.status_code == 200
             assert loaded.headers["content-type"].partition(";")[0] in ("text/javascript", "text/css")
-    script = pages.plotly_script()
+    script = shell.plotly_script()
     assert script is not None
     assert script.stat().st_size > 1_000_000
-    for path in (pages.HERE / "static").iterdir():
+    for path in (shell.HERE / "static").iterdir():
         assert "://" not in path.read_text()
 
 
 def test_the_script_stays_small() -> None:
-    assert len((pages.HERE / "static" / "page.js").read_text().splitlines()) < 100
+    assert len((shell.HERE / "static" / "page.js").read_text().splitlines()) < 140
 
 
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (pages.percent(0.8768), "87.7 %"),
-        (pages.percent(math.nan), "–"),
-        (pages.percent(None), "–"),
-        (pages.percent("0.5"), "–"),
-        (pages.joules(0.04), "0.04 J"),
-        (pages.joules(0), "0 J"),
-        (pages.joules(123.4), "123 J"),
-        (pages.joules(12_345), "12.3 kJ"),
-        (pages.joules(math.inf), "–"),
-        (pages.seconds(0.42), "0.4 s"),
-        (pages.seconds(59.7), "1 min 00 s"),
-        (pages.seconds(7800), "2 h 10 min"),
-        (pages.seconds(-1), "–"),
-        (pages.size(0), "0 B"),
-        (pages.size(1023), "1023 B"),
-        (pages.size(1024), "1.0 KiB"),
-        (pages.size(5 * 1024**4), "5120.0 GiB"),
-        (pages.size(None), "–"),
-        (pages.ago(None, NOON), "never"),
-        (pages.ago(NOON + timedelta(seconds=3), NOON), "now"),
-        (pages.ago(NOON - timedelta(seconds=44), NOON), "40 s ago"),
-        (pages.ago(NOON - timedelta(days=3), NOON), "3 d ago"),
-        (pages.figure(0.123456), "0.123"),
-        (pages.clock_time(NOON), "2026-03-01 12:00:00"),
-        (pages.short(None), "–"),
+        (words.percent(0.8768), "87.7 %"),
+        (words.percent(math.nan), "–"),
+        (words.percent(None), "–"),
+        (words.percent("0.5"), "–"),
+        (words.joules(0.04), "0.04 J"),
+        (words.joules(0), "0 J"),
+        (words.joules(123.4), "123 J"),
+        (words.joules(12_345), "12.3 kJ"),
+        (words.joules(math.inf), "–"),
+        (words.seconds(0.42), "0.4 s"),
+        (words.seconds(59.7), "1 min 00 s"),
+        (words.seconds(7800), "2 h 10 min"),
+        (words.seconds(-1), "–"),
+        (words.size(0), "0 B"),
+        (words.size(1023), "1023 B"),
+        (words.size(1024), "1.0 KiB"),
+        (words.size(5 * 1024**4), "5120.0 GiB"),
+        (words.size(None), "–"),
+        (words.ago(None, NOON), "never"),
+        (words.ago(NOON + timedelta(seconds=3), NOON), "now"),
+        (words.ago(NOON - timedelta(seconds=44), NOON), "40 s ago"),
+        (words.ago(NOON - timedelta(days=3), NOON), "3 d ago"),
+        (words.figure(0.123456), "0.123"),
+        (words.clock_time(NOON), "2026-03-01 12:00:00"),
+        (words.short(None), "–"),
     ],
 )
 def test_figures_are_written_with_their_units(written: str, expected: str) -> None:
