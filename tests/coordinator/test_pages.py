@@ -131,6 +131,18 @@ async def test_a_run_under_way(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_run_can_be_stopped_from_the_page_while_it_is_under_way(visit: Visit) -> None:
+    fill(visit.store, visit.clock)
+    enliven(visit.live, visit.clock)
+    asked = 'data-send="POST /api/v1/runs/greenhouse-1/stop"'
+    assert asked in await visit.get()
+    answer = await visit.client.post("/api/v1/runs/greenhouse-1/stop", json={"reason": "paint"})
+    assert answer.status_code == 200
+    visit.live.phase("greenhouse-1", 6, 10, "stopped")
+    assert asked not in await visit.get()
+
+
+@pytest.mark.anyio
 async def test_modelled_joules_never_look_measured(visit: Visit) -> None:
     fill(visit.store, visit.clock)
     page = await visit.get()
