@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from edge_agent.agent import OFFLINE, Agent
+from edge_agent.agent import OFFLINE, Agent, Recorder
 from edge_agent.calibration.use import calibrated, logged, place_beside
 from edge_agent.conditions import Conditions
 from edge_agent.datasets import load as load_data
@@ -20,7 +20,6 @@ from edge_agent.energy.meter import Meter
 from edge_agent.enrolment import DeviceKeyring, Seals, enrolment_in, fits
 from edge_agent.memory import hold_little
 from edge_agent.settings import AgentSettings
-from edge_agent.stream import StreamRecorder
 from edge_agent.traffic import InterfaceMeter
 from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
@@ -112,7 +111,7 @@ async def _run(s: AgentSettings) -> None:
             interface=InterfaceMeter(s.mqtt.host, s.mqtt.port),
             conditions=Conditions(),
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
-            recorder=StreamRecorder(s.data, s.vault / "stream") if s.data.kind == "mqtt_stream" else None,
+            recorder=_recorder(s),
         )
         keeping = asyncio.ensure_future(seals.run()) if seals else None
         task = asyncio.ensure_future(agent.run())
@@ -124,6 +123,14 @@ async def _run(s: AgentSettings) -> None:
             await asyncio.wait([keeping])
         if not task.cancelled():
             task.result()
+
+
+def _recorder(s: AgentSettings) -> Recorder | None:
+    if s.data.kind != "mqtt_stream":
+        return None
+    from edge_agent.stream import StreamRecorder  # what no other kind of data needs
+
+    return StreamRecorder(s.data, s.vault / "stream")
 
 
 def _transport(s: AgentSettings) -> tuple[Transport, Seals | None]:

@@ -37,9 +37,7 @@ from edge_agent.limits import Limits
 from edge_agent.privacy import Draw, Privacy, secret_noise
 from edge_agent.samples import LocalData
 from edge_agent.serving import canary, record
-from edge_agent.serving.answering import Answering
 from edge_agent.serving.child import ServingChild
-from edge_agent.serving.live import Live, followed
 from edge_agent.serving.loopback import Loopback
 from edge_agent.settings import AgentSettings, LimitSettings
 from edge_agent.traffic import InterfaceMeter
@@ -86,6 +84,8 @@ from foundation.transport import Letter, Transport
 from foundation.work import ABILITIES
 
 if TYPE_CHECKING:
+    from edge_agent.serving.answering import Answering
+    from edge_agent.serving.live import Live
     from edge_agent.training import trainer as trainer_module
 
 logger = logging.getLogger(__name__)
@@ -314,9 +314,13 @@ class Agent:
         """Return what answers over MQTT with the personal model, as far as it is asked for."""
         s, answering, live = self.settings.serve.mqtt, None, None
         if s.enabled:
+            from edge_agent.serving.answering import Answering  # most agents need neither
+
             questions, answers = self._topic("predict"), self._topic("answer")
             answering = Answering(s, self._loopback, questions=questions, answers=answers)
         if s.stream.enabled:
+            from edge_agent.serving.live import Live, followed
+
             stream = followed(s.stream, self.settings.data)
             live = Live(stream, self._loopback, predictions=self._topic("prediction"))
         return answering, live
@@ -328,6 +332,7 @@ class Agent:
         await self._look_at_models()  # before the card: nothing is told twice
         self._resume()
         await self._introduce()
+        give_back()  # what reading data and settings took on the way
         async with asyncio.TaskGroup() as tasks:
             for life in (
                 self._work_on,

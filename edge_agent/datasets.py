@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent import sources, stream
+from edge_agent import sources
 from edge_agent.builtin import BUILTIN
 from edge_agent.samples import (
     DataSettings,
@@ -62,6 +62,8 @@ def load(settings: DataSettings, data_dir: Path | None = None, buffer_dir: Path 
             return result
         source = result
     elif settings.kind == "mqtt_stream":
+        from edge_agent import stream  # half a megabyte that other kinds do not need
+
         source = stream.recorded(settings, buffer_dir)
     else:
         readers = {"npz": sources.npz, "csv": sources.csv_file, "image_folder": sources.image_folder}

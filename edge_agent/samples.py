@@ -322,7 +322,7 @@ def _by_row(classes: Array, fractions: Sequence[float], rng: np.random.Generator
     """Stratified by class; without `rng` (text) in order: first what is trained on, the test last."""
     part = np.zeros(len(classes), np.int64)
     owed = [0.0, 0.0, 0.0]
-    for value in np.unique(classes):
+    for value in sorted(set(classes.tolist())):  # np.unique loads masked arrays: a megabyte
         rows = np.flatnonzero(classes == value)
         if rng is not None:
             rows = rng.permutation(rows)

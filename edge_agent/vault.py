@@ -35,9 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from foundation.durable import write_whole
 from foundation.energy import EnergyReading
@@ -307,19 +304,24 @@ class Vault:
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
     """Write arrays and facts to a file that knows its own digest, atomically."""
+    from safetensors.numpy import save  # loaded with the first work, as in foundation/codec.py
+
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     told = json.dumps(dict(meta))
     header = {"meta": told, "order": json.dumps([*contiguous]), "sha256": _digest(contiguous, told)}
-    write_whole(path, save_arrays(contiguous, header))
+    write_whole(path, save(contiguous, header))
 
 
 def read_arrays(path: Path) -> tuple[Parameters, dict[str, Any]] | None:
     """Read what `write_arrays` wrote; `None`, and a line in the log, when it is not that."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])["__metadata__"]
-        arrays = load_arrays(data)
+        arrays = load(data)
         ordered = Parameters((name, arrays[name]) for name in json.loads(header["order"]))
         if _digest(ordered, header["meta"]) != header["sha256"]:
             raise ValueError("its contents are not what was written")

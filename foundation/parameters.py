@@ -18,10 +18,9 @@ from types import MappingProxyType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+BoolArray: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 Masks: TypeAlias = Mapping[str, BoolArray]
 """True where something is kept; one mask of shape (hidden units,) per FFL, under `blocks.i.ffl`."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 
@@ -74,6 +73,8 @@ def parse(partition: str) -> tuple[str, float]:
             alpha = math.nan
         if 0 < alpha < math.inf:
             return name, alpha
+    from difflib import get_close_matches  # needed by mistakes alone
+
     near = get_close_matches(name.casefold(), ("iid", "pathological", "dirichlet", "natural"), n=1)
     meant = f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
     raise SettingsError(f"partition {partition!r} is none of {FORMS}{meant}")

@@ -11,7 +11,6 @@ key was nearly meant, and these two are what a person with a wrong setting needs
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 import types
@@ -243,6 +242,8 @@ def _data_key(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> Key:
 
 
 def _hint(model: type[BaseModel], key: Key) -> str:
+    import difflib  # needed by mistakes alone
+
     valid = _names(_types_at(model, key[:-1]))
     near = difflib.get_close_matches(key[-1], valid, n=1, cutoff=0.5)
     if near:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 SHOWN = 12
@@ -15,6 +14,8 @@ def unknown(what: str, name: str, names: Iterable[str]) -> str:
     `unknown("strategy", "fedpre", ["fedavg", "fedper"])` is
     "there is no strategy 'fedpre'; did you mean 'fedper'? There are: fedavg, fedper".
     """
+    import difflib  # needed by mistakes alone
+
     valid = sorted(names)
     folded = {one.casefold(): one for one in valid}
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)

@@ -7,8 +7,6 @@ import os
 import ssl
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from socket import create_server
@@ -86,6 +84,9 @@ class ServingChild:
         raise HedgerowError(f"serving did not start: {last[:300]}; its log is {log}")
 
     def _ready(self) -> bool:
+        import urllib.error  # with what it brings, a megabyte of an agent that serves nothing
+        import urllib.request
+
         try:
             url = f"{self._scheme}://{self._host}:{self._port}/v2/health/ready"
             with urllib.request.urlopen(url, timeout=1, context=_own()) as answer:
