@@ -35,7 +35,13 @@ from foundation.work import Encoding
 T = TypeVar("T")
 
 
-class StartRun(Frozen):
+class Body(Frozen):
+    """What comes in with a request: built at once, as FastAPI warns of aliases where it is not."""
+
+    model_config = ConfigDict(defer_build=False)
+
+
+class StartRun(Body):
     """What is to be other than in the coordinator's settings; a field that is left out is as it is there."""
 
     model_config = ConfigDict(
@@ -100,7 +106,7 @@ class RunAnswer(BaseModel):
     """`waiting` until enough agents are online; from then on the run is among the runs."""
 
 
-class StopRun(Frozen):
+class StopRun(Body):
     """Why a run is to stop."""
 
     model_config = ConfigDict(

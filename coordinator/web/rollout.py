@@ -20,16 +20,15 @@ from coordinator.store.rollouts import (
 )
 from coordinator.store.sql import Store
 from coordinator.web.api import PREFIX, After, Limit, page, problems
-from coordinator.web.models import Page
+from coordinator.web.models import Body, Page
 from foundation.errors import SettingsError
-from foundation.frozen import Frozen
 
 Asked: TypeAlias = Literal["pin", "unpin", "rollback"]
 SOMEBODY = "somebody on this machine"
 """Who it was, where nobody is asked for a token."""
 
 
-class OrderModels(Frozen):
+class OrderModels(Body):
     """Which devices, and which of their models."""
 
     devices: tuple[str, ...] | None = Field(None, min_length=1, max_length=10_000)
@@ -41,7 +40,7 @@ class OrderModels(Frozen):
     reason: str = Field("", max_length=500)
 
 
-class StopRollout(Frozen):
+class StopRollout(Body):
     """Why a rollout is to stop."""
 
     reason: str = Field("stopped by hand", min_length=1, max_length=500)
