@@ -263,7 +263,7 @@ async def test_the_page_says_how_models_stand(tmp_path: Path) -> None:
         models = Models(serves=True, kept=(KeptModel.model_validate(kept),))
         store.upsert_agent(card(manifest.agent).model_copy(update={"models": models}), NOW)
         assert store.begin_rollout(manifest.run, 2, [["another"], [manifest.agent]])
-        page = (await client.get("/", headers=token)).text
+        page = (await client.get("/models", headers=token)).text
         assert '<td data-label="Ring" class="number">2</td>' in page
         assert '<td data-label="State">pinned by coordinator</td>' in page
         assert '<td data-label="State">proven</td>' in page, "of an agent that has told nothing"
