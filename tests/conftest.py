@@ -7,6 +7,17 @@ from pathlib import Path
 
 import pytest
 
+# One thread for arithmetic, here and in every process that a test starts: two on two busy cores wait for each
+# other (a pass of 0.4 s took 10 s beside other tests). torch, numpy and onnxruntime read these when imported.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: tests with real processes wait more than they work."""
+    return len(os.sched_getaffinity(0)) + 1
+
 
 @pytest.fixture
 def anyio_backend() -> str:
