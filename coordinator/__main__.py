@@ -101,7 +101,7 @@ async def _run(s: CoordinatorSettings) -> int:
         Presence(state="offline").model_dump_json().encode(),
     )
     transport = MqttTransport(s.mqtt, client_id(s.federation, "coordinator"), will=will)
-    with Store.open(s.folder) as store:
+    with Store.open(s.folder, place=s.store) as store, store.alone():
         live = Live(store)
         async with live:
             fleet = with_fleet(s, transport, store, live)
