@@ -268,6 +268,8 @@ class CoordinatorSettings(Frozen):
     """Start the run of this file as soon as its agents are there."""
     exit_when_done: bool = False
     """End the program when the run is over."""
+    workers: bool = False
+    """Updates are taken by `hedgerow coordinator worker`, any number of them; see docs/workers.md."""
     store: StoreSettings = StoreSettings()
     mqtt: MqttSettings = MqttSettings()
     http: HttpSettings = HttpSettings()

@@ -22,7 +22,7 @@ from coordinator.store import postgres
 from coordinator.store.columns import Id, Words
 from foundation.errors import StoreError
 
-REVISION = "0004"
+REVISION = "0005"
 MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "hedgerow.sqlite"
 PATIENCE_S = 30.0
@@ -240,6 +240,45 @@ rollout_members = sa.Table(
     sa.Column("since", sa.Float(53), nullable=False),
     sa.Column("reason", Words, nullable=False),
     sa.ForeignKeyConstraint(["run", "round"], ["rollouts.run", "rollouts.round"]),
+)
+
+transfers = sa.Table(
+    "transfers",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True),
+    sa.Column("parts", sa.Integer, nullable=False),
+    sa.Column("total", sa.BigInteger, nullable=False),
+    sa.Column("wire_bytes", sa.BigInteger, nullable=False),
+    sa.Column("touched", sa.Float(53), nullable=False),
+)
+
+parts = sa.Table(
+    "parts",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+arrivals = sa.Table(
+    "arrivals",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True, index=True),
+    sa.Column("wire_bytes", sa.BigInteger, nullable=False),
+    sa.Column("received", sa.Float(53), nullable=False),
+    sa.Column("worker", Words, nullable=False),
+    sa.Column("refused", Words),
+)
+
+seal_counters = sa.Table(
+    "seal_counters",
+    metadata,
+    sa.Column("name", Words, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("counter", sa.BigInteger, nullable=False),
 )
 
 # Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.

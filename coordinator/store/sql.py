@@ -8,6 +8,7 @@ any thread; every failure of the database or the disk is a `StoreError`.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -24,6 +25,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from coordinator.store import postgres, schema
+from coordinator.store.arrivals import ArrivalVerbs
 from coordinator.store.blobs import Blobs, BlobStore
 from coordinator.store.place import StoreSettings, recall, remember
 from coordinator.store.plugs import PlugVerbs
@@ -55,8 +57,8 @@ STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
 
-class Store(PlugVerbs, RolloutVerbs):
-    """Runs, agents, rounds, updates, refusals, artifacts, events, plugs and rollouts of one coordinator."""
+class Store(PlugVerbs, RolloutVerbs, ArrivalVerbs):
+    """Runs, agents, rounds, updates, refusals, artifacts, events, plugs, rollouts and arrivals."""
 
     def __init__(
         self, engine: Engine, blobs: BlobStore, clock: Callable[[], float], quarantine: Quarantine
@@ -367,10 +369,17 @@ class Store(PlugVerbs, RolloutVerbs):
                 "received": self._clock(),
                 "summary_json": dumps(summary),
                 "frame_bytes": len(frame),
-                "frame_sha256": self._blobs.put(frame),
+                "frame_sha256": self._put(connection, agent, frame),
             }
             connection.execute(sa.insert(schema.updates).values(run=run, round=round, agent=agent, **values))
             return True
+
+    def _put(self, connection: Connection, agent: str, frame: bytes) -> str:
+        """Keep a frame's bytes, unless a worker has, and return their digest."""
+        digest = hashlib.sha256(frame).hexdigest()
+        if _one(connection, schema.arrivals, agent=agent, digest=digest) is not None:
+            return digest
+        return self._blobs.put(frame)
 
     def updates(self, run: str, round: int) -> list[UpdateRecord]:
         """Return the updates of one round, by agent."""
@@ -571,6 +580,7 @@ class Store(PlugVerbs, RolloutVerbs):
             lock_blobs(connection, take_away=True)
             named = sa.union(
                 sa.select(schema.states.c.sha256),
+                sa.select(schema.arrivals.c.digest),
                 sa.select(schema.updates.c.frame_sha256).where(schema.updates.c.frame_sha256.is_not(None)),
             )
             return self._blobs.sweep(set(connection.execute(named).scalars()))
@@ -599,6 +609,16 @@ class Store(PlugVerbs, RolloutVerbs):
             patiently(self._engine).execution_options(**self._reads) as connection,
             connection.begin(),
         ):
+            yield connection
+
+    @contextmanager
+    def _beside(self) -> Iterator[Connection]:
+        """Write rows of one's own, which no other verb reads before it writes: several at one time."""
+        if self._engine.dialect.name != "postgresql":
+            with self._writing() as connection:
+                yield connection
+            return
+        with _as_store_errors(), patiently(self._engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -688,7 +708,7 @@ def _keep_state(connection: Connection, run: str, round: int, digest: str) -> li
 
 
 def _is_named(connection: Connection, digest: str) -> bool:
-    places = (schema.states.c.sha256, schema.updates.c.frame_sha256)
+    places = (schema.states.c.sha256, schema.updates.c.frame_sha256, schema.arrivals.c.digest)
     return any(
         connection.execute(sa.select(place).where(place == digest).limit(1)).first() is not None
         for place in places
