@@ -7,6 +7,8 @@ import hashlib
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.fleet.records import FleetRecords
+from coordinator.fleet.secret import FleetSecret
 from coordinator.ingest.check import checked
-from coordinator.ingest.seals import DrawnSealer
+from coordinator.ingest.seals import DrawnSealer, with_seals
 from coordinator.ingest.worker import Worker, gaps_of
+from coordinator.settings import CoordinatorSettings, EnrolmentSettings
 from coordinator.store.place import StoreSettings
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
-from foundation.errors import DeliveryFailed, StoreError, WireError
-from foundation.seal import Opener
+from foundation.errors import DeliveryFailed, SettingsError, StoreError, WireError
+from foundation.joining import public_of
+from foundation.seal import Opener, Sealer, SealKeys
+from foundation.sealed import SealedTransport
 from foundation.transfer import Courier, Part, parts_of, span_of
-from foundation.transport import MemoryBroker, MemoryTransport
+from foundation.transport import MemoryBroker, MemoryTransport, Transport
 from tests.fleet import TOPICS, fleet, memory, run_settings
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
@@ -178,7 +185,7 @@ async def test_a_frame_through_two_workers_is_kept_and_confirmed(tmp_path: Path)
         assert store.arrived_frame(one.digest) == b"no frame" * 100
 
 
-def courier(transport: MemoryTransport) -> Courier:
+def courier(transport: Transport) -> Courier:
     async def nothing(topic: str, frame: bytes, wire_bytes: int) -> None:
         raise AssertionError("nobody sends here")
 
@@ -191,6 +198,55 @@ def courier(transport: MemoryTransport) -> Courier:
         part_bytes=200,
         resend_s=0.3,
     )
+
+
+@dataclass
+class Keys:
+    """A device's keyring."""
+
+    keys: SealKeys
+
+    def key_to_write(self, topic: str) -> bytes | None:
+        return self.keys.of(topic)
+
+    def key_to_read(self, topic: str) -> bytes | None:
+        return self.keys.of(topic)
+
+
+@pytest.mark.anyio
+async def test_letters_of_a_device_that_joined_are_opened_and_receipts_sealed(tmp_path: Path) -> None:
+    """Through two workers, whose receipts the device takes for one coordinator's; others' letters are not."""
+    settings = CoordinatorSettings(
+        federation="test", folder=tmp_path, workers=True, enrolment=EnrolmentSettings(enabled=True)
+    )
+    broker, private = MemoryBroker(), b"\x07" * 32
+    with Store.open(tmp_path) as store:
+        with pytest.raises(SettingsError, match=r"no fleet.key in .*: copy the coordinator's there"):
+            with_seals(settings, MemoryTransport(broker), store)
+        secret, records = FleetSecret.load(tmp_path, "test"), FleetRecords(store)
+        (invite,) = records.invite(1, name="a", replace=False, expires_s=60, who="me")
+        records.join(invite.invite, "a", public_of(private).hex())
+        store.begin_seals(2**40)
+        keys = Keys(secret.shared("a", public_of(private)).seals)
+        async with asyncio.TaskGroup() as tasks, AsyncExitStack() as open_transports:
+            working = []
+            for name in ("w0", "w1"):
+                transport = with_seals(settings, MemoryTransport(broker), store)
+                await open_transports.enter_async_context(transport)
+                worker = Worker("test", transport=transport, store=store, name=name)
+                working.append(tasks.create_task(worker.serve()))
+            device = SealedTransport(MemoryTransport(broker), keys, Sealer(5), Opener())
+            async with device, courier(device) as sending:
+                with pytest.raises(DeliveryFailed, match="a frame starts with") as caught:
+                    await sending.send(TOPICS.of("a", "update"), b"no frame" * 100, deadline_s=20)
+            assert caught.value.refused
+            assert not device.refused, "every receipt was taken"
+            async with MemoryTransport(broker) as stranger, courier(stranger) as sending:
+                with pytest.raises(DeliveryFailed, match="not taken within"):
+                    await sending.send(TOPICS.of("a", "update"), b"forged" * 100, deadline_s=1)
+            for task in working:
+                task.cancel()
+        assert [one.agent for one in store.arrivals(10)] == ["a"]
 
 
 @pytest.mark.anyio
