@@ -34,11 +34,12 @@ def _nobody() -> str | None:
 
 
 class Cluster:
-    """A running server; `database()` makes a new database in it."""
+    """A running server; `database()` makes room for one store in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._data, self._count = folder / "data", 0
+        self._made: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._user = _nobody()
 
@@ -80,18 +81,24 @@ class Cluster:
             self._process = None
 
     def database(self, encoding: str = "UTF8") -> str:
-        """Make a database and return its URL. Its own order of text is not that of code points."""
+        """Return the URL of what is empty: a schema, which costs nothing, in a database of this encoding.
+
+        The database's own order of text is not that of code points.
+        """
         import psycopg
 
         self._count += 1
-        name = f"d{self._count}"
-        where = {"host": str(self.folder), "user": "hedgerow"}
+        where = {"host": str(self.folder), "user": "hedgerow", "autocommit": True}
         locale = "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C'" if encoding == "UTF8" else "LOCALE 'C'"
-        with psycopg.connect(dbname="postgres", autocommit=True, **where) as connection:
-            connection.execute(
-                f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' {locale}".encode()
-            )
-        return f"postgresql://hedgerow@/{name}?host={self.folder}"
+        name, schema = encoding.lower(), f"s{self._count}"
+        if name not in self._made:
+            with psycopg.connect(dbname="postgres", **where) as connection:
+                text = f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' {locale}"
+                connection.execute(text.encode())
+            self._made.add(name)
+        with psycopg.connect(dbname=name, **where) as connection:
+            connection.execute(f"CREATE SCHEMA {schema}".encode())
+        return f"postgresql://hedgerow@/{name}?host={self.folder}&options=-csearch_path%3D{schema}"
 
 
 @contextlib.contextmanager
@@ -104,5 +111,5 @@ def cluster() -> Iterator[Cluster]:
         made.start()
         yield made
     finally:
-        made.stop()
+        made.stop(signal.SIGQUIT)  # nothing of it is kept
         shutil.rmtree(folder)
