@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         prog="hedgerow coordinator",
         description="Run a federation: hand out work, gather updates, serve the page.",
         epilog="Settings come from coordinator.toml, then COORDINATOR__... in the environment, then --set."
-        f" Beside it: {', '.join(COMMANDS)}; `hedgerow coordinator invite --help` and so on.",
+        f" Beside it: worker, {', '.join(COMMANDS)}; `hedgerow coordinator invite --help` and so on.",
     )
     result.add_argument("--config", type=Path, help="coordinator.toml")
     result.add_argument(
@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the coordinator until it is told to stop; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["worker"]:
+        from coordinator.ingest.command import main as worker
+
+        return worker(words[1:])
     if words[:1] and words[0] in COMMANDS:
         from coordinator.fleet.commands import main as command
 
@@ -101,7 +105,7 @@ async def _run(s: CoordinatorSettings) -> int:
         Presence(state="offline").model_dump_json().encode(),
     )
     transport = MqttTransport(s.mqtt, client_id(s.federation, "coordinator"), will=will)
-    with Store.open(s.folder) as store:
+    with Store.open(s.folder, place=s.store) as store, store.alone():
         live = Live(store)
         async with live:
             fleet = with_fleet(s, transport, store, live)

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from coordinator.collector import Collector, check_answer
 from coordinator.easing import Ease
+from coordinator.ingest.taker import Taker
 from coordinator.live import Live, Phase
 from coordinator.pace import ROUNDS, Busy, age_s, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
@@ -142,7 +143,7 @@ class Engine:
         self._saving: asyncio.Task[None] | None = None
         self._courier = Courier(
             transport,
-            frames=self.topics.every("update"),
+            frames=None if settings.workers else self.topics.every("update"),
             receipts=self.topics.every("received"),
             receipt_topic=lambda topic: self.topics.of(self.topics.agent_of(topic), "receipt"),
             handle=self._arrived,
@@ -161,11 +162,15 @@ class Engine:
                     ("refusal", self._on_refusal),
                 )
             ]
+            if self.settings.workers:
+                await self._leave_to_workers()
             await self._say("online")
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for letters, read in listeners:
                         tasks.create_task(self._listen(letters, read))
+                    if self.settings.workers:
+                        tasks.create_task(Taker(self.store, self._handed, self._malformed_frame).run())
                     for life in (self.models.run, *self._beside):
                         tasks.create_task(life())
                     await self._begin()
@@ -177,6 +182,12 @@ class Engine:
                 if self._saving is not None:
                     await asyncio.wait([self._saving])
                 await self._say_goodbye()
+
+    async def _leave_to_workers(self) -> None:
+        """Give up what the broker may keep for us of a life without workers."""
+        close = getattr(await self.transport.subscribe(self.topics.every("update")), "aclose", None)
+        if close is not None:
+            await close()
 
     async def _say(self, state: Literal["online", "offline"]) -> None:
         presence = Presence(state=state, session=self._session)
@@ -690,11 +701,7 @@ class Engine:
         try:
             update, here = await self._checked(agent, frame)
         except WireError as error:
-            here = self._open
-            place = (here.run, here.round) if here is not None else (None, None)
-            await self._guard.malformed(agent, str(error), frame, *place)
-            self._malformed(agent, str(error))
-            self._not_waited_for(agent, str(error))
+            await self._malformed_frame(agent, frame, str(error))
             raise
         except WorkRefused as error:
             self.live.emit("late", f"{agent}: {error}", agent=agent)
@@ -717,6 +724,18 @@ class Engine:
         if self._open is here:
             self._tell_collected(here)
         self._tell_update(update, wire_bytes)
+
+    async def _handed(self, agent: str, frame: bytes, wire_bytes: int) -> None:
+        """Take an update that a worker has kept."""
+        await self._arrived(self.topics.of(agent, "update"), frame, wire_bytes)
+
+    async def _malformed_frame(self, agent: str, frame: bytes, reason: str) -> None:
+        """Quarantine what was no answer, count it, and wait for its agent no more."""
+        here = self._open
+        place = (here.run, here.round) if here is not None else (None, None)
+        await self._guard.malformed(agent, reason, frame, *place)
+        self._malformed(agent, reason)
+        self._not_waited_for(agent, reason)
 
     def _tell_update(self, update: Update, wire_bytes: int) -> None:
         agent = update.agent

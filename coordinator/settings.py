@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from coordinator.store.place import StoreSettings
 from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.mqtt import MqttSettings
@@ -261,12 +262,15 @@ class CoordinatorSettings(Frozen):
 
     federation: str = "hedgerow"
     folder: Path = Path("coordinator-data")
-    """Database and blobs."""
+    """Database and blobs, and what is the coordinator's alone."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     autostart: bool = True
     """Start the run of this file as soon as its agents are there."""
     exit_when_done: bool = False
     """End the program when the run is over."""
+    workers: bool = False
+    """Updates are taken by `hedgerow coordinator worker`, any number of them; see docs/workers.md."""
+    store: StoreSettings = StoreSettings()
     mqtt: MqttSettings = MqttSettings()
     http: HttpSettings = HttpSettings()
     enrolment: EnrolmentSettings = EnrolmentSettings()

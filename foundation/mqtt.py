@@ -327,6 +327,8 @@ class BrokerLimits:
     retains: bool = True
     keepalive_s: int | None = None
     """The keepalive it sets in place of ours."""
+    shares: bool = False
+    """Whether several clients can share a subscription, which MQTT 5 has."""
 
     @classmethod
     def of(cls, properties: Properties | None, *, five: bool) -> Self:
@@ -340,6 +342,7 @@ class BrokerLimits:
             qos=getattr(properties, "MaximumQoS", None),
             retains=bool(getattr(properties, "RetainAvailable", 1)),
             keepalive_s=getattr(properties, "ServerKeepAlive", None),
+            shares=bool(getattr(properties, "SharedSubscriptionAvailable", 1)),
         )
 
     @property

@@ -412,21 +412,21 @@ class _Inbox:
 class Courier:
     """Sends frames to and takes frames from the other side of a transport; an async context manager.
 
-    `frames` is the topic pattern of parts that come in, `receipts` that of receipts for what goes out;
-    `receipt_topic` gives the topic for our receipts from a frame's topic. `handle(topic, frame, wire_bytes)`
-    runs in a task of its own for every whole frame; when it returns, the sender is told "stored"; when it
-    raises `WireError` or `WorkRefused`, the sender is told the reason, and after any other error only that it
-    was one. It must be idempotent: a frame comes again when we restarted after handling it. `part_bytes`
-    bounds one publish, header included, and so does the transport where it is `Bounded`: a frame whose parts
-    turn out too large is sent again in smaller ones. The transport is opened before and closed after the
-    courier.
+    `frames` is the topic pattern of parts that come in (`None`: others take them), `receipts` that of
+    receipts for what goes out; `receipt_topic` gives the topic for our receipts from a frame's topic.
+    `handle(topic, frame, wire_bytes)` runs in a task of its own for every whole frame; when it returns, the
+    sender is told "stored"; when it raises `WireError` or `WorkRefused`, the sender is told the reason, and
+    after any other error only that it was one. It must be idempotent: a frame comes again when we restarted
+    after handling it. `part_bytes` bounds one publish, header included, and so does the transport where it is
+    `Bounded`: a frame whose parts turn out too large is sent again in smaller ones. The transport is opened
+    before and closed after the courier.
     """
 
     def __init__(
         self,
         transport: Transport,
         *,
-        frames: str,
+        frames: str | None,
         receipts: str,
         receipt_topic: Callable[[str], str],
         handle: Handle,
@@ -444,6 +444,7 @@ class Courier:
             raise ValueError(f"parts need more than {PART_HEADER.size} bytes and a window of at least 1")
         self._transport = transport
         self._frames, self._receipts, self._receipt_topic = frames, receipts, receipt_topic
+        self._patterns = (receipts,) if frames is None else (frames, receipts)
         self._handle = handle
         self._part_bytes = part_bytes
         self._window, self._resend_s, self._retry_s = window, resend_s, retry_s
@@ -462,7 +463,7 @@ class Courier:
 
     async def __aenter__(self) -> Self:
         """Subscribe; raises as the transport does."""
-        letters = await self._transport.subscribe(self._frames, self._receipts)
+        letters = await self._transport.subscribe(*self._patterns)
         self._open = True
         self._spawn(self._read(letters), self._tasks)
         return self
@@ -621,13 +622,13 @@ class Courier:
 
     async def _subscribe_again(self) -> AsyncIterator[Letter]:
         """Wait for a transport that has ended our subscription to take it again."""
-        logger.info("the subscription ended, subscribing again", extra={"topic": self._frames})
+        logger.info("the subscription ended, subscribing again", extra={"topic": self._receipts})
         while True:
             await asyncio.sleep(self._retry_s)
             try:
-                letters = await self._transport.subscribe(self._frames, self._receipts)
+                letters = await self._transport.subscribe(*self._patterns)
             except TransportError as error:
-                logger.debug("not subscribed yet", extra={"topic": self._frames, "reason": str(error)})
+                logger.debug("not subscribed yet", extra={"topic": self._receipts, "reason": str(error)})
                 continue
             for out in self._outgoing.values():
                 out.wants_probe = True
@@ -640,7 +641,7 @@ class Courier:
             out = self._outgoing.get((_branch(letter.topic), receipt.digest))
             if out is not None:
                 out.learn(receipt)
-        elif matches(self._frames, letter.topic):
+        elif self._frames is not None and matches(self._frames, letter.topic):
             self._take_part(letter.topic, Part.of(letter.body), len(letter.body))
 
     def _take_part(self, topic: str, part: Part, wire_bytes: int) -> None:

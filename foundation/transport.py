@@ -10,6 +10,8 @@ from typing import Protocol, Self, runtime_checkable
 
 from foundation.errors import NotConnected
 
+SHARE = "$share/"
+
 
 @dataclass(frozen=True, slots=True)
 class Letter:
@@ -80,9 +82,15 @@ class MemoryBroker:
             self.retained.pop(topic, None)
         for one in self._exact.get(topic, ()):
             one.queue.put_nowait(Letter(topic, body))
+        groups: dict[str, list[_Subscription]] = {}
         for one in self._wild:
-            if any(matches(pattern, topic) for pattern in one.patterns):
+            found = next((pattern for pattern in one.patterns if matches(pattern, topic)), None)
+            if found is not None and found.startswith(SHARE):
+                groups.setdefault(found, []).append(one)
+            elif found is not None:
                 one.queue.put_nowait(Letter(topic, body))
+        for sharing in groups.values():  # in turn, as Mosquitto does
+            sharing[self.published % len(sharing)].queue.put_nowait(Letter(topic, body))
 
     def attach(self, patterns: tuple[str, ...], owner: MemoryTransport) -> asyncio.Queue[Letter | None]:
         """Open a queue for patterns, with the retained letters first."""
@@ -167,8 +175,15 @@ async def _drain(queue: asyncio.Queue[Letter | None]) -> AsyncIterator[Letter]:
         yield letter
 
 
+def shared(pattern: str, group: str) -> str:
+    """Return the pattern of a shared subscription: each letter goes to one subscriber of the group."""
+    return f"{SHARE}{group}/{pattern}"
+
+
 def matches(pattern: str, topic: str) -> bool:
-    """Whether an MQTT topic filter (`+` one level, `#` the rest) matches a topic."""
+    """Whether an MQTT topic filter (`+` one level, `#` the rest) matches a topic; a shared one, too."""
+    if pattern.startswith(SHARE):
+        pattern = pattern.removeprefix(SHARE).partition("/")[2]
     wanted, given = pattern.split("/"), topic.split("/")
     for i, level in enumerate(wanted):
         if level == "#":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ import pytest
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from coordinator.store.place import S3Settings  # noqa: E402
+from tests import postgres  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -44,3 +50,48 @@ def require_service(present: bool, what: str) -> None:
     if os.environ.get("HEDGEROW_REQUIRE_SERVICES") == "1":
         pytest.fail(f"{what} is required here (HEDGEROW_REQUIRE_SERVICES=1) and missing")
     pytest.skip(f"no {what} on this machine")
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[postgres.Cluster]:
+    """A running PostgreSQL of this session's own; skips with a reason where there is none."""
+    if postgres.program("initdb") is None:
+        pytest.skip("no PostgreSQL on this machine")
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("no psycopg here: pip install 'hedgerow[postgres]'")
+    with postgres.cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def database(postgres_cluster: postgres.Cluster) -> str:
+    """The URL of a new, empty database."""
+    return postgres_cluster.database()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3-compatible store inside this process, with real HTTP."""
+    if importlib.util.find_spec("moto") is None:
+        pytest.skip("no moto here: pip install 'moto[s3,server]'")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Settings:
+    """A new, empty bucket."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests-own-secret")
+    settings = S3Settings(
+        bucket=f"b-{uuid.uuid4().hex}", endpoint=s3_server, prefix="fleet/one", region="us-east-1"
+    )
+    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=settings.bucket)
+    return settings

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.engine import Engine
+from coordinator.ingest.worker import Worker
 from coordinator.live import Live
 from coordinator.settings import (
     BudgetSettings,
@@ -20,6 +21,7 @@ from coordinator.settings import (
     RunSettings,
     WallSettings,
 )
+from coordinator.store.place import StoreSettings
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State
 from coordinator.wall.collector import Wall
@@ -94,6 +96,10 @@ class Fleet:
     """Agents that attack, and how."""
     privacy: dict[str, PrivacySettings] = field(default_factory=dict)
     """Agents that clip and blur what leaves them."""
+    workers: int = 0
+    """Ingest workers `w0`, `w1` and so on, which take the updates."""
+    place: StoreSettings = field(default_factory=StoreSettings)
+    """Where the store is."""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     agents: dict[str, Agent] = field(default_factory=dict)
     engine: Engine | None = None
@@ -109,9 +115,11 @@ class Fleet:
             budgets=self.budgets,
             wall=self.wall,
             rollout=self.rollout,
+            workers=self.workers > 0,
+            store=self.place,
         )
         will = (TOPICS.coordinator_presence, Presence(state="offline").model_dump_json().encode())
-        with Store.open(settings.folder, clock=self.clock) as self.store:
+        with Store.open(settings.folder, clock=self.clock, place=self.place) as self.store:
             async with Live(self.store) as live:
                 transport = self.dial("coordinator", will)
                 wall = Wall(settings, transport=transport, store=self.store, live=live, tick_s=0.1)
@@ -160,8 +168,17 @@ class Fleet:
             )
             await self.agents[name].run()
 
+    async def worker(self, name: str) -> None:
+        """Take updates until cancelled, with a store and a connection of its own."""
+        with Store.open(self.folder / "c", place=self.place, sweep=False) as store:
+            async with self.dial(name, ("", b"")) as transport:
+                await Worker("test", transport=transport, store=store, name=name).serve()
+
     def start(self, name: str) -> None:
-        """Start `coordinator`, or an agent named `d<seed>`."""
+        """Start `coordinator`, a worker named `w<number>`, or an agent named `d<seed>`."""
+        if name.startswith("w"):
+            self.tasks[name] = asyncio.create_task(self.worker(name), name=name)
+            return
         work = self.coordinator() if name == "coordinator" else self.agent(name, int(name[1:]))
         self.tasks[name] = asyncio.create_task(work, name=name)
 
@@ -200,7 +217,7 @@ async def fleet(
     """A coordinator and agents d0, d1, d2, all started; everything is ended on the way out."""
     whole = Fleet(folder, dial, run or run_settings(), load, **more)
     try:
-        for name in ("coordinator", "d0", "d1", "d2"):
+        for name in ("coordinator", *(f"w{i}" for i in range(whole.workers)), "d0", "d1", "d2"):
             whole.start(name)
         yield whole
     finally:

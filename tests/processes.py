@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.settings import RunSettings
+from coordinator.store.place import recall
 from coordinator.store.schema import FILE
 from coordinator.store.sql import Store
 from edge_agent.datasets import DataSettings, load
@@ -139,7 +140,8 @@ class Processes:
 
     @contextlib.contextmanager
     def store(self, run: str) -> Iterator[Store]:
-        with Store.open(self.folder / "runs" / run) as store:
+        folder = self.folder / "runs" / run
+        with Store.open(folder, place=recall(folder)) as store:
             yield store
 
     def updates(self, run: str, number: int) -> int:

@@ -107,7 +107,7 @@ def _command(commands: Any, name: str, text: str, more: str | None = None) -> ar
 
 @contextmanager
 def _records(s: CoordinatorSettings) -> Iterator[FleetRecords]:
-    with Store.open(s.folder) as store:
+    with Store.open(s.folder, place=s.store) as store:
         yield FleetRecords(store)
 
 
@@ -221,7 +221,7 @@ def _lines(broker: str, folder: Path, host: str, port: int, *, tls: bool) -> str
 
 
 def _token(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
-    with Store.open(s.folder) as store:
+    with Store.open(s.folder, place=s.store) as store:
         tokens, records = ApiTokens(store), FleetRecords(store)
         if arguments.take_back:
             tokens.take_back(arguments.name)
@@ -239,7 +239,7 @@ def _token(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
 
 
 def _tokens(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
-    with Store.open(s.folder) as store:
+    with Store.open(s.folder, place=s.store) as store:
         found = ApiTokens(store).all()
     if arguments.json:
         _print([asdict(token) for token in found])

@@ -79,9 +79,12 @@ def with_fleet(s: CoordinatorSettings, transport: Transport, store: Store, live:
         return Fleet(transport)
     secret = FleetSecret.load(s.folder, s.federation)
     keyring = FleetKeyring(records, secret, Topics(s.federation), required=s.enrolment.required)
+    epoch = _epoch(s.folder)
+    if s.workers:
+        store.begin_seals(epoch)
     opener = Opener(records.marks())
     told = _Told(live)
-    sealed = SealedTransport(transport, keyring, Sealer(_epoch(s.folder)), opener, tell=told.tell)
+    sealed = SealedTransport(transport, keyring, Sealer(epoch), opener, tell=told.tell)
     gate = Gate(
         sealed,
         records,

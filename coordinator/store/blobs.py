@@ -12,11 +12,54 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from foundation.durable import sync_folder
 from foundation.errors import StoreError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobStore(Protocol):
+    """Where bytes are kept by their SHA-256: a folder (`Blobs`), or an S3-compatible store (s3.py)."""
+
+    def put(self, body: bytes) -> str:
+        """Write a blob and return its digest; durable when this returns. Raises `StoreError`."""
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """Return a blob's bytes; raises `StoreError` by name when it is missing or damaged."""
+        ...
+
+    def all(self) -> Iterator[str]:
+        """Yield every digest that is kept."""
+        ...
+
+    def discard(self, digests: Collection[str]) -> int:
+        """Remove blobs and return how many there were; raises `StoreError`."""
+        ...
+
+    def sweep(self, referenced: Collection[str]) -> int:
+        """Remove every blob not in `referenced` and all leftovers of writing; returns how many went."""
+        ...
+
+
+def checked(digest: str, body: bytes) -> bytes:
+    """Return a blob's bytes; raises `StoreError` where they are others."""
+    found = hashlib.sha256(body).hexdigest()
+    if found != digest:
+        raise StoreError(
+            f"blob {digest} is damaged: its {len(body)} bytes have digest {found};"
+            " restore the store from a copy"
+        )
+    return body
+
+
+def checked_name(digest: str) -> str:
+    """Return a digest; raises `StoreError` for what is none, and could lead elsewhere."""
+    if not _DIGEST.fullmatch(digest):
+        raise StoreError(f"{digest!r} is not the name of a blob")
+    return digest
 
 
 class Blobs:
@@ -54,13 +97,7 @@ class Blobs:
             raise StoreError(f"blob {digest} is missing: restore the store's folder from a copy") from error
         except OSError as error:
             raise StoreError(f"blob {digest} cannot be read: {error}") from error
-        found = hashlib.sha256(body).hexdigest()
-        if found != digest:
-            raise StoreError(
-                f"blob {digest} is damaged: its {len(body)} bytes have digest {found};"
-                " restore the store's folder from a copy"
-            )
-        return body
+        return checked(digest, body)
 
     def all(self) -> Iterator[str]:
         """Yield every digest that has a file."""
@@ -89,9 +126,7 @@ class Blobs:
         return self.discard([digest for digest in self.all() if digest not in referenced])
 
     def _path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise StoreError(f"{digest!r} is not the name of a blob")
-        return self._folder / digest[:2] / digest
+        return self._folder / checked_name(digest)[:2] / digest
 
     def _holds(self, digest: str, body: bytes) -> bool:
         # A file cut short by an older crash or a bad disk must not stand for the blob: compare, then trust.

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from coordinator.store import schema
+from coordinator.store.columns import insert_or
 from coordinator.store.records import PlugReading, PlugRecord
 
 
@@ -47,7 +48,7 @@ class PlugVerbs:
         values = [{"plug": plug, "at": r.at, "watts": r.watts, "joules": r.joules} for r in rows.values()]
         with self._writing() as connection:
             if values:
-                connection.execute(sa.insert(table).prefix_with("OR REPLACE", dialect="sqlite"), values)
+                connection.execute(insert_or(connection, table, replace=True), values)
             for column, step in ((schema.plugs.c.step_j, step_j), (schema.plugs.c.step_w, step_w)):
                 if step is not None:
                     finer = sa.or_(column.is_(None), column > step)

@@ -1,8 +1,8 @@
 """The tables, and how a database is opened and brought to them.
 
 Keys are natural: run, (run, round), (run, round, agent). Times are UTC seconds since the epoch, JSON is
-text, and nothing here is of one database only except the pragmas, so PostgreSQL needs another engine and no
-other table. `REVISION` is the migration that leads to these tables; a test holds the two together.
+text, and the tables are the same in SQLite and in PostgreSQL (postgres.py). `REVISION` is the migration that
+leads to these tables; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from coordinator.store import postgres
+from coordinator.store.columns import Id, Words
 from foundation.errors import StoreError
 
-REVISION = "0004"
+REVISION = "0005"
 MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "hedgerow.sqlite"
 PATIENCE_S = 30.0
 """How long one connection waits for another process's lock."""
 
 metadata = sa.MetaData()
-_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # only INTEGER counts up by itself in SQLite
 
 runs = sa.Table(
     "runs",
     metadata,
-    sa.Column("run", sa.Text, primary_key=True),
-    sa.Column("strategy", sa.Text, nullable=False),
-    sa.Column("settings_json", sa.Text, nullable=False),
-    sa.Column("spec_json", sa.Text, nullable=False),
+    sa.Column("run", Words, primary_key=True),
+    sa.Column("strategy", Words, nullable=False),
+    sa.Column("settings_json", Words, nullable=False),
+    sa.Column("spec_json", Words, nullable=False),
     sa.Column("rounds", sa.Integer, nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("state", Words, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("created", sa.Float(53), nullable=False),
     sa.Column("changed", sa.Float(53), nullable=False),
 )
@@ -47,8 +48,8 @@ runs = sa.Table(
 agents = sa.Table(
     "agents",
     metadata,
-    sa.Column("agent", sa.Text, primary_key=True),
-    sa.Column("card_json", sa.Text, nullable=False),
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("card_json", Words, nullable=False),
     sa.Column("first_seen", sa.Float(53), nullable=False),
     sa.Column("last_seen", sa.Float(53), nullable=False),
 )
@@ -56,33 +57,33 @@ agents = sa.Table(
 rounds = sa.Table(
     "rounds",
     metadata,
-    sa.Column("run", sa.Text, sa.ForeignKey("runs.run"), primary_key=True),
+    sa.Column("run", Words, sa.ForeignKey("runs.run"), primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("agents_json", sa.Text, nullable=False),
+    sa.Column("state", Words, nullable=False),
+    sa.Column("agents_json", Words, nullable=False),
     sa.Column("deadline", sa.Float(53), nullable=False),
     sa.Column("opened", sa.Float(53), nullable=False),
     sa.Column("closed", sa.Float(53)),
-    sa.Column("metrics_json", sa.Text, nullable=False),
+    sa.Column("metrics_json", Words, nullable=False),
 )
 
 states = sa.Table(
     "states",
     metadata,
-    sa.Column("run", sa.Text, sa.ForeignKey("runs.run"), primary_key=True),
+    sa.Column("run", Words, sa.ForeignKey("runs.run"), primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("sha256", sa.Text, nullable=False, index=True),
+    sa.Column("sha256", Words, nullable=False, index=True),
 )
 
 updates = sa.Table(
     "updates",
     metadata,
-    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("run", Words, primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("agent", Words, primary_key=True),
     sa.Column("received", sa.Float(53), nullable=False),
-    sa.Column("summary_json", sa.Text, nullable=False),
-    sa.Column("frame_sha256", sa.Text, index=True),
+    sa.Column("summary_json", Words, nullable=False),
+    sa.Column("frame_sha256", Words, index=True),
     sa.Column("frame_bytes", sa.BigInteger, nullable=False),
     sa.ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.round"]),
 )
@@ -90,69 +91,69 @@ updates = sa.Table(
 refusals = sa.Table(
     "refusals",
     metadata,
-    sa.Column("id", _Id, primary_key=True),
-    sa.Column("run", sa.Text, nullable=False, index=True),
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("run", Words, nullable=False, index=True),
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("agent", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("agent", Words, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("at", sa.Float(53), nullable=False),
 )
 
 artifacts = sa.Table(
     "artifacts",
     metadata,
-    sa.Column("id", _Id, primary_key=True),
-    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("run", Words, nullable=False),
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("agent", sa.Text, nullable=False),
-    sa.Column("sha256", sa.Text, nullable=False),
-    sa.Column("manifest_json", sa.Text, nullable=False),
+    sa.Column("agent", Words, nullable=False),
+    sa.Column("sha256", Words, nullable=False),
+    sa.Column("manifest_json", Words, nullable=False),
     sa.UniqueConstraint("run", "round", "agent", "sha256"),
 )
 
 events = sa.Table(
     "events",
     metadata,
-    sa.Column("id", _Id, primary_key=True),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("run", sa.Text),
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("kind", Words, nullable=False),
+    sa.Column("run", Words),
     sa.Column("round", sa.Integer),
-    sa.Column("agent", sa.Text),
-    sa.Column("text", sa.Text, nullable=False),
-    sa.Column("data_json", sa.Text, nullable=False),
+    sa.Column("agent", Words),
+    sa.Column("text", Words, nullable=False),
+    sa.Column("data_json", Words, nullable=False),
     sa.Column("at", sa.Float(53), nullable=False),
 )
 
 invites = sa.Table(
     "invites",
     metadata,
-    sa.Column("invite", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text),
+    sa.Column("invite", Words, primary_key=True),
+    sa.Column("name", Words),
     sa.Column("replace", sa.Boolean, nullable=False),
     sa.Column("created", sa.Float(53), nullable=False),
     sa.Column("expires", sa.Float(53), nullable=False),
-    sa.Column("used_by", sa.Text),
+    sa.Column("used_by", Words),
     sa.Column("used", sa.Float(53)),
 )
 
 devices = sa.Table(
     "devices",
     metadata,
-    sa.Column("agent", sa.Text, primary_key=True),
-    sa.Column("public", sa.Text, nullable=False),
-    sa.Column("salt", sa.Text, nullable=False),
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("public", Words, nullable=False),
+    sa.Column("salt", Words, nullable=False),
     sa.Column("enrolled", sa.Float(53), nullable=False),
     sa.Column("revoked", sa.Float(53)),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("marks_json", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
+    sa.Column("marks_json", Words, nullable=False),
 )
 
 api_tokens = sa.Table(
     "api_tokens",
     metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("role", sa.Text, nullable=False),
-    sa.Column("sha256", sa.Text, nullable=False, unique=True),
+    sa.Column("name", Words, primary_key=True),
+    sa.Column("role", Words, nullable=False),
+    sa.Column("sha256", Words, nullable=False, unique=True),
     sa.Column("created", sa.Float(53), nullable=False),
     sa.Column("expires", sa.Float(53)),
 )
@@ -160,20 +161,20 @@ api_tokens = sa.Table(
 audit = sa.Table(
     "audit",
     metadata,
-    sa.Column("id", _Id, primary_key=True),
+    sa.Column("id", Id, primary_key=True),
     sa.Column("at", sa.Float(53), nullable=False),
-    sa.Column("who", sa.Text, nullable=False),
-    sa.Column("what", sa.Text, nullable=False),
-    sa.Column("of", sa.Text, nullable=False),
-    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("who", Words, nullable=False),
+    sa.Column("what", Words, nullable=False),
+    sa.Column("of", Words, nullable=False),
+    sa.Column("detail", Words, nullable=False),
 )
 
 plugs = sa.Table(
     "plugs",
     metadata,
-    sa.Column("id", _Id, primary_key=True),
-    sa.Column("agent", sa.Text, nullable=False),
-    sa.Column("plug", sa.Text, nullable=False),
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("agent", Words, nullable=False),
+    sa.Column("plug", Words, nullable=False),
     sa.Column("since", sa.Float(53), nullable=False),
     sa.Column("step_j", sa.Float(53)),
     sa.Column("step_w", sa.Float(53)),
@@ -183,7 +184,7 @@ plugs = sa.Table(
 plug_readings = sa.Table(
     "plug_readings",
     metadata,
-    sa.Column("plug", _Id, sa.ForeignKey("plugs.id"), primary_key=True, autoincrement=False),
+    sa.Column("plug", Id, sa.ForeignKey("plugs.id"), primary_key=True, autoincrement=False),
     sa.Column("at", sa.Float(53), primary_key=True, autoincrement=False),
     sa.Column("watts", sa.Float(53)),
     sa.Column("joules", sa.Float(53)),
@@ -192,36 +193,36 @@ plug_readings = sa.Table(
 walls = sa.Table(
     "walls",
     metadata,
-    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("run", Words, primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("agent", sa.Text, primary_key=True),
-    sa.Column("record_json", sa.Text, nullable=False),
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("record_json", Words, nullable=False),
     sa.ForeignKeyConstraint(["run", "round", "agent"], ["updates.run", "updates.round", "updates.agent"]),
 )
 
 orders = sa.Table(
     "orders",
     metadata,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("agent", sa.Text, nullable=False, index=True),
-    sa.Column("verb", sa.Text, nullable=False),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("id", Words, primary_key=True),
+    sa.Column("agent", Words, nullable=False, index=True),
+    sa.Column("verb", Words, nullable=False),
+    sa.Column("model", Words, nullable=False),
+    sa.Column("reason", Words, nullable=False),
+    sa.Column("who", Words, nullable=False),
     sa.Column("at", sa.Float(53), nullable=False),
-    sa.Column("state", sa.Text, nullable=False, index=True),
-    sa.Column("said", sa.Text, nullable=False),
+    sa.Column("state", Words, nullable=False, index=True),
+    sa.Column("said", Words, nullable=False),
     sa.Column("answered", sa.Float(53)),
 )
 
 rollouts = sa.Table(
     "rollouts",
     metadata,
-    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("run", Words, primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state", Words, nullable=False),
     sa.Column("ring", sa.Integer, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("began", sa.Float(53), nullable=False),
     sa.Column("changed", sa.Float(53), nullable=False),
 )
@@ -229,28 +230,81 @@ rollouts = sa.Table(
 rollout_members = sa.Table(
     "rollout_members",
     metadata,
-    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("run", Words, primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("agent", Words, primary_key=True),
     sa.Column("ring", sa.Integer, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("model", sa.Text),
-    sa.Column("before", sa.Text),
+    sa.Column("state", Words, nullable=False),
+    sa.Column("model", Words),
+    sa.Column("before", Words),
     sa.Column("since", sa.Float(53), nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.ForeignKeyConstraint(["run", "round"], ["rollouts.run", "rollouts.round"]),
+)
+
+transfers = sa.Table(
+    "transfers",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True),
+    sa.Column("parts", sa.Integer, nullable=False),
+    sa.Column("total", sa.BigInteger, nullable=False),
+    sa.Column("wire_bytes", sa.BigInteger, nullable=False),
+    sa.Column("touched", sa.Float(53), nullable=False),
+)
+
+parts = sa.Table(
+    "parts",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+arrivals = sa.Table(
+    "arrivals",
+    metadata,
+    sa.Column("agent", Words, primary_key=True),
+    sa.Column("digest", Words, primary_key=True, index=True),
+    sa.Column("wire_bytes", sa.BigInteger, nullable=False),
+    sa.Column("received", sa.Float(53), nullable=False),
+    sa.Column("worker", Words, nullable=False),
+    sa.Column("refused", Words),
+)
+
+seal_counters = sa.Table(
+    "seal_counters",
+    metadata,
+    sa.Column("name", Words, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("counter", sa.BigInteger, nullable=False),
 )
 
 # Alembic's operations stand behind one proxy per process, so two stores may not migrate at one time.
 _MIGRATING = threading.Lock()
 
 
-def open_engine(folder: Path) -> Engine:
-    """Open, and if need be make or migrate, the SQLite database in `folder`.
+def open_engine(folder: Path, url: URL | None = None) -> Engine:
+    """Open, and if need be make or migrate, the database at `url`, or the SQLite database in `folder`.
 
     Raises `StoreError` when it is no database, is of a newer Hedgerow, or cannot be written.
     """
     path = folder / FILE
+    engine, name = (_sqlite(path), str(path)) if url is None else (postgres.connect(url), _shown(url))
+    try:
+        with _MIGRATING, engine.connect().execution_options(writes=True) as connection, connection.begin():
+            _migrate(connection, name)
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        engine.dispose()
+        raise StoreError(f"the database {name} cannot be opened: {error}") from error
+    except StoreError:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _sqlite(path: Path) -> Engine:
     engine = sa.create_engine(
         URL.create("sqlite", database=str(path)),
         connect_args={"timeout": PATIENCE_S, "check_same_thread": False},
@@ -259,44 +313,48 @@ def open_engine(folder: Path) -> Engine:
     )
     sa.event.listen(engine, "connect", _set_up)
     sa.event.listen(engine, "begin", _begin)
-    try:
-        with _MIGRATING, engine.connect().execution_options(writes=True) as connection, connection.begin():
-            _migrate(connection, path)
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        engine.dispose()
-        raise StoreError(f"the database {path} cannot be opened: {error}") from error
-    except StoreError:
-        engine.dispose()
-        raise
     return engine
 
 
-def open_engine_to_read(folder: Path) -> Engine:
-    """Open the database in `folder` and change nothing of it, also while a coordinator writes.
+def _shown(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
+
+
+def open_engine_to_read(folder: Path, url: URL | None = None) -> Engine:
+    """Open the database at `url`, or in `folder`, and change nothing of it, also while a coordinator writes.
 
     Raises `StoreError` when there is none, or when it is not at this revision: nobody migrates here.
     """
     path = folder / FILE
+    engine, name = (
+        (_sqlite_to_read(path), str(path))
+        if url is None
+        else (postgres.connect(url, reads=True), _shown(url))
+    )
+    try:
+        with engine.connect() as connection:
+            found = _revision(connection)
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        engine.dispose()
+        raise StoreError(f"the database {name} cannot be read: {error}") from error
+    if found != REVISION:
+        engine.dispose()
+        raise StoreError(
+            f"the database {name} is at revision {found}, this Hedgerow reads {REVISION}: a coordinator of"
+            " this version migrates an older one when it starts, a newer one needs a newer Hedgerow"
+        )
+    return engine
+
+
+def _sqlite_to_read(path: Path) -> Engine:
     if not path.is_file():
-        raise StoreError(f"there is no store in {folder}: no file {FILE}")
+        raise StoreError(f"there is no store in {path.parent}: no file {FILE}")
     engine = sa.create_engine(
         URL.create("sqlite", database=path.absolute().as_uri(), query=_reading(path)),
         connect_args={"timeout": PATIENCE_S, "check_same_thread": False},
     )
     sa.event.listen(engine, "connect", _set_up_to_read)
     sa.event.listen(engine, "begin", _begin)
-    try:
-        with engine.connect() as connection:
-            found = _revision(connection)
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        engine.dispose()
-        raise StoreError(f"the database {path} cannot be read: {error}") from error
-    if found != REVISION:
-        engine.dispose()
-        raise StoreError(
-            f"the database {path} is at revision {found}, this Hedgerow reads {REVISION}: a coordinator of"
-            " this version migrates an older one when it starts, a newer one needs a newer Hedgerow"
-        )
     return engine
 
 
@@ -328,7 +386,7 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _migrate(connection: Connection, path: Path) -> None:
+def _migrate(connection: Connection, name: str) -> None:
     """Run the migrations that are missing, all in the transaction of `connection`."""
     if _revision(connection) == REVISION:
         return
@@ -347,8 +405,8 @@ def _migrate(connection: Connection, path: Path) -> None:
     found = _revision(connection)
     if found is not None and found not in known:
         raise StoreError(
-            f"the database {path} is at revision {found}, which this Hedgerow does not know:"
-            " it was written by a newer one; upgrade, or choose another folder"
+            f"the database {name} is at revision {found}, which this Hedgerow does not know:"
+            " it was written by a newer one; upgrade, or choose another folder or database"
         )
     command.upgrade(config, "head")
 

@@ -1,4 +1,4 @@
-"""The coordinator's memory: rows in SQLite, blobs beside them, one writer at a time.
+"""The coordinator's memory: rows in SQLite or PostgreSQL, blobs beside them, one writer at a time.
 
 What a verb has returned from survives a power cut (WAL, synchronous=FULL; blobs fsynced before the row that
 names them). Blobs are written and swept only inside a write transaction, so no sweep, of this process or of
@@ -8,11 +8,12 @@ any thread; every failure of the database or the disk is a `StoreError`.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +24,12 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
-from coordinator.store import schema
-from coordinator.store.blobs import Blobs
+from coordinator.store import postgres, schema
+from coordinator.store.arrivals import ArrivalVerbs
+from coordinator.store.blobs import Blobs, BlobStore
+from coordinator.store.place import StoreSettings, recall, remember
 from coordinator.store.plugs import PlugVerbs
+from coordinator.store.postgres import lock_blobs, patiently
 from coordinator.store.quarantine import Quarantine
 from coordinator.store.records import (
     RUN_STATES,
@@ -41,6 +45,7 @@ from coordinator.store.records import (
     loads,
 )
 from coordinator.store.rollouts import RolloutVerbs
+from coordinator.store.s3 import S3Blobs
 from foundation.artifact import Manifest
 from foundation.errors import StoreError
 from foundation.messages import AgentCard, Json
@@ -52,41 +57,58 @@ STATES_KEPT = 2
 """Snapshots kept of every run: the last, and the one before it."""
 
 
-class Store(PlugVerbs, RolloutVerbs):
-    """Runs, agents, rounds, updates, refusals, artifacts, events, plugs and rollouts of one coordinator."""
+class Store(PlugVerbs, RolloutVerbs, ArrivalVerbs):
+    """Runs, agents, rounds, updates, refusals, artifacts, events, plugs, rollouts and arrivals."""
 
     def __init__(
-        self, engine: Engine, blobs: Blobs, clock: Callable[[], float], quarantine: Quarantine
+        self, engine: Engine, blobs: BlobStore, clock: Callable[[], float], quarantine: Quarantine
     ) -> None:
         self._engine = engine
         self._blobs = blobs
+        self._reads = dict(postgres.READS) if engine.dialect.name == "postgresql" else {}
         self.quarantine = quarantine
         self._clock = clock
         self._writer = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path, *, clock: Callable[[], float] = time.time) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        place: StoreSettings | None = None,
+        sweep: bool = True,
+    ) -> Self:
         """Open the store in `folder`, making or migrating it if need be, and sweep what a crash left.
 
-        `clock` gives UTC seconds since the epoch. Raises `StoreError`.
+        Rows and blobs are where `place` says. `clock` gives UTC seconds since the epoch. Raises `StoreError`.
         """
+        place = place or StoreSettings()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            remember(folder, place)
         except OSError as error:
             raise StoreError(f"the store's folder {folder} cannot be made: {error}") from error
-        blobs = Blobs(folder / "blobs")
-        store = cls(schema.open_engine(folder), blobs, clock, Quarantine(folder / QUARANTINE, clock))
-        store.sweep()
+        blobs = _blobs(folder, place)
+        engine = schema.open_engine(folder, place.url)
+        store = cls(engine, blobs, clock, Quarantine(folder / QUARANTINE, clock))
+        if sweep:
+            store.sweep()
         return store
 
     @classmethod
     def open_to_read(cls, folder: Path) -> Self:
-        """Open the store in `folder` and change nothing of it, also while its coordinator runs.
+        """Open the store of `folder` and change nothing of it, also while its coordinator runs.
 
         Verbs that write fail. Raises `StoreError` when there is no store, or one of another revision.
         """
-        engine, blobs = schema.open_engine_to_read(folder), Blobs(folder / "blobs", make=False)
+        place = recall(folder)
+        engine, blobs = schema.open_engine_to_read(folder, place.url), _blobs(folder, place, make=False)
         return cls(engine, blobs, time.time, Quarantine(folder / QUARANTINE, time.time))
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Be the one coordinator of this store; raises `StoreError` where its database has another."""
+        return postgres.alone(self._engine)
 
     def close(self) -> None:
         """Close all connections; a second call does nothing."""
@@ -347,10 +369,17 @@ class Store(PlugVerbs, RolloutVerbs):
                 "received": self._clock(),
                 "summary_json": dumps(summary),
                 "frame_bytes": len(frame),
-                "frame_sha256": self._blobs.put(frame),
+                "frame_sha256": self._put(connection, agent, frame),
             }
             connection.execute(sa.insert(schema.updates).values(run=run, round=round, agent=agent, **values))
             return True
+
+    def _put(self, connection: Connection, agent: str, frame: bytes) -> str:
+        """Keep a frame's bytes, unless a worker has, and return their digest."""
+        digest = hashlib.sha256(frame).hexdigest()
+        if _one(connection, schema.arrivals, agent=agent, digest=digest) is not None:
+            return digest
+        return self._blobs.put(frame)
 
     def updates(self, run: str, round: int) -> list[UpdateRecord]:
         """Return the updates of one round, by agent."""
@@ -548,8 +577,10 @@ class Store(PlugVerbs, RolloutVerbs):
     def sweep(self) -> int:
         """Remove every blob that no row names, and leftovers of writing; returns how many blobs went."""
         with self._writing() as connection:
+            lock_blobs(connection, take_away=True)
             named = sa.union(
                 sa.select(schema.states.c.sha256),
+                sa.select(schema.arrivals.c.digest),
                 sa.select(schema.updates.c.frame_sha256).where(schema.updates.c.frame_sha256.is_not(None)),
             )
             return self._blobs.sweep(set(connection.execute(named).scalars()))
@@ -564,6 +595,7 @@ class Store(PlugVerbs, RolloutVerbs):
         if not digests:
             return
         with self._writing() as connection:
+            lock_blobs(connection, take_away=True)
             self._blobs.discard([digest for digest in set(digests) if not _is_named(connection, digest)])
 
     def _all(self, query: sa.Select[tuple[object, ...]]) -> Sequence[Row[tuple[object, ...]]]:
@@ -572,7 +604,21 @@ class Store(PlugVerbs, RolloutVerbs):
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        with _as_store_errors(), self._engine.connect() as connection, connection.begin():
+        with (
+            _as_store_errors(),
+            patiently(self._engine).execution_options(**self._reads) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def _beside(self) -> Iterator[Connection]:
+        """Write rows of one's own, which no other verb reads before it writes: several at one time."""
+        if self._engine.dialect.name != "postgresql":
+            with self._writing() as connection:
+                yield connection
+            return
+        with _as_store_errors(), patiently(self._engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -580,10 +626,16 @@ class Store(PlugVerbs, RolloutVerbs):
         with (
             self._writer,
             _as_store_errors(),
-            self._engine.connect().execution_options(writes=True) as connection,
+            patiently(self._engine).execution_options(writes=True) as connection,
             connection.begin(),
         ):
             yield connection
+
+
+def _blobs(folder: Path, place: StoreSettings, *, make: bool = True) -> BlobStore:
+    if place.s3.bucket is not None:
+        return S3Blobs(place.s3)
+    return Blobs(folder / "blobs", make=make)
 
 
 @contextmanager
@@ -656,7 +708,7 @@ def _keep_state(connection: Connection, run: str, round: int, digest: str) -> li
 
 
 def _is_named(connection: Connection, digest: str) -> bool:
-    places = (schema.states.c.sha256, schema.updates.c.frame_sha256)
+    places = (schema.states.c.sha256, schema.updates.c.frame_sha256, schema.arrivals.c.digest)
     return any(
         connection.execute(sa.select(place).where(place == digest).limit(1)).first() is not None
         for place in places

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from coordinator.store import schema
 from coordinator.store.blobs import Blobs
+from coordinator.store.place import StoreSettings
 from coordinator.store.records import NewEvent, PlugReading, RunRecord, dumps, loads
 from coordinator.store.sql import Store
 from foundation.artifact import Manifest
@@ -50,9 +51,17 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest) -> StoreSettings:
+    """Where rows are: every law of the store holds in both databases."""
+    if request.param == "sqlite":
+        return StoreSettings()
+    return StoreSettings(database=request.getfixturevalue("database"))
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store.open(tmp_path / "store", clock=clock) as store:
+def store(tmp_path: Path, clock: Clock, place: StoreSettings) -> Iterator[Store]:
+    with Store.open(tmp_path / "store", clock=clock, place=place) as store:
         yield store
 
 
@@ -307,17 +316,21 @@ def test_refusals_artifacts_and_events(store: Store) -> None:
     assert [e.id for e in store.latest_events(run="r1")] == [one]
 
 
-def test_everything_is_there_after_reopening(tmp_path: Path) -> None:
+def test_everything_is_there_after_reopening(tmp_path: Path, place: StoreSettings) -> None:
     folder = tmp_path / "it's 100 % ok?"
-    with Store.open(folder) as store:
+    with Store.open(folder, place=place) as store:
         store.open_run(a_run())
         store.open_round("r1", 1, ["a"], 5.0)
         store.add_update("r1", 1, "a", b"frame", {"examples": 1})
         store.close_round("r1", 1, b"state", {"accuracy": 1.0})
-    with Store.open(folder) as store:
+    with Store.open(folder, place=place) as store:
         assert store.latest_state("r1") == (1, b"state")
         assert store.update_frame("r1", 1, "a") == b"frame"
         store.check()
+    with Store.open_to_read(folder) as store:  # which finds the database by itself
+        assert store.update_frame("r1", 1, "a") == b"frame"
+        with pytest.raises(StoreError):
+            store.open_run(a_run("r2"))
 
 
 def test_a_damaged_or_missing_blob_is_named(store: Store) -> None:
@@ -361,6 +374,8 @@ def test_migrations_lead_to_the_declared_tables(store: Store) -> None:
         assert (
             connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == schema.REVISION
         )
+        if connection.dialect.name == "postgresql":
+            return
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 2
         assert connection.execute(sa.text("PRAGMA foreign_keys")).scalar() == 1
@@ -371,6 +386,10 @@ def test_a_store_from_before_plugs_keeps_what_it_has(tmp_path: Path) -> None:
         store.open_run(a_run())
     with sqlite3.connect(tmp_path / schema.FILE) as connection:
         for table in (
+            "seal_counters",
+            "arrivals",
+            "parts",
+            "transfers",
             "rollout_members",
             "rollouts",
             "orders",
@@ -385,7 +404,7 @@ def test_a_store_from_before_plugs_keeps_what_it_has(tmp_path: Path) -> None:
             connection.execute(f"DROP TABLE {table}")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.close()
-    with pytest.raises(StoreError, match="revision 0001, this Hedgerow reads 0004: a coordinator of this"):
+    with pytest.raises(StoreError, match="revision 0001, this Hedgerow reads 0005: a coordinator of this"):
         Store.open_to_read(tmp_path)
     with Store.open(tmp_path) as store:
         assert store.has_run("r1")
@@ -462,11 +481,13 @@ def test_many_threads_write_and_read_at_once(store: Store) -> None:
     assert len(store.updates("r1", 1)) == 20
 
 
-def test_two_stores_on_one_folder_do_not_sweep_each_others_blobs(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as writer:
+def test_two_stores_on_one_folder_do_not_sweep_each_others_blobs(
+    tmp_path: Path, place: StoreSettings
+) -> None:
+    with Store.open(tmp_path, place=place) as writer:
         writer.open_run(a_run())
         writer.open_round("r1", 1, [], 0)
-        with ThreadPoolExecutor(1) as pool, Store.open(tmp_path) as reader:
+        with ThreadPoolExecutor(1) as pool, Store.open(tmp_path, place=place) as reader:
             sweeps = pool.submit(lambda: [reader.sweep() for _ in range(30)])
             for i in range(30):
                 writer.add_update("r1", 1, f"a{i}", os.urandom(64), {})

@@ -10,6 +10,7 @@ import pytest
 from coordinator.fleet.keyring import FleetKeyring
 from coordinator.fleet.records import ANSWERED_S, FleetRecords
 from coordinator.fleet.secret import FILE, FleetSecret
+from coordinator.store.place import StoreSettings
 from coordinator.store.sql import Store
 from foundation.errors import JoinRefused, NotEnrolled, SettingsError
 from foundation.joining import public_of
@@ -33,9 +34,10 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def records(tmp_path: Path, clock: Clock) -> Iterator[FleetRecords]:
-    with Store.open(tmp_path) as store:
+@pytest.fixture(params=["sqlite", "postgres"])
+def records(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[FleetRecords]:
+    url = None if request.param == "sqlite" else request.getfixturevalue("database")
+    with Store.open(tmp_path, place=StoreSettings(database=url)) as store:
         yield FleetRecords(store, clock=clock)
 
 

@@ -1,0 +1,1 @@
+"""Ingest workers: several processes that take updates for one coordinator."""
