@@ -28,6 +28,8 @@ SAMPLES = 512
 """Of each agent that trains."""
 STRUCK_S = 1.5
 """How long after a round was opened something is killed."""
+STILL_S, BUSY_S = 8.0, 0.1
+"""An agent rests that has used less than so much CPU in any second, for so long."""
 BACK_S = 3.0
 """How long it stays away."""
 
@@ -109,10 +111,14 @@ class Fleet(Children):
             self.start(f"d{i}", [*self.wire.inside, sys.executable, "-m", "edge_agent", *flat(table)])
 
     def resting(self) -> None:
-        """Wait until agents that train have introduced themselves, and a little longer."""
+        """Wait until agents that train have introduced themselves, and their CPU has stood still a while."""
         cards = [self.folder / f"d{i}" / "identity.json" for i in range(self.count)]
         until("agents are up", lambda: self.ended() or all(card.exists() for card in cards))
-        time.sleep(10)
+        before, still_since = self.agents_cpu_s(), time.monotonic()
+        while time.monotonic() < still_since + STILL_S and not self.ended():
+            time.sleep(1)
+            used, before = self.agents_cpu_s() - before, self.agents_cpu_s()
+            still_since = still_since if used < BUSY_S else time.monotonic()
         if self.ended():
             raise SystemExit(self.log("d0"))
 

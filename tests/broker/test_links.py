@@ -65,7 +65,7 @@ def linked(tmp_path: Path, run_broker: RunBroker) -> Iterator[Linked]:
 
 def run_of(name: str, model: ModelSettings, rounds: int) -> RunSettings:
     settings = {"warm_up": 0, "target": 0.5, "every": 2, "learning_rate": 5e-3}
-    return run_settings(name=name, settings=settings, model=model, rounds=rounds, deadline_s=400, wait_s=60)
+    return run_settings(name=name, settings=settings, model=model, rounds=rounds, deadline_s=400, wait_s=240)
 
 
 def unbroken(folder: Path, model: ModelSettings, rounds: int) -> bytes:
