@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import fleet_flower as flower
 from bench import fleet_ours as ours
 from bench.fleet_net import Wire, compiled, network
-from bench.fleet_table import ROUND_BARS_S, markdown, rows
+from bench.fleet_table import ROUND_BARS_S, Row, markdown, rows
 
 IDLE_S = 300.0
 MB = 1_000_000
@@ -136,26 +136,34 @@ def wishes(argv: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
+def told(bench: Bench, peer: str | None, before: float) -> tuple[list[Row], str]:
+    """Return the table so far and what to know of it; written to the file that was asked for."""
+    found = rows(bench.ours, bench.peer if peer else None)
+    where = "two network namespaces" if bench.wire.interface else "loopback: bytes unknown"
+    about = f"{os.cpu_count()} cores, {where}, load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
+    about += f"; Python {platform.python_version()}"
+    if bench.a.json:
+        text = {"flower": peer, "about": about, "rows": [row.as_json() for row in found]}
+        bench.a.json.write_text(json.dumps(text | {"ours": bench.ours, "peer": bench.peer}, indent=1) + "\n")
+    return found, about
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     a = wishes(argv)
     peer = flower.version(a.flower_python) if a.flower_python else None
     parts = {"rounds": "overheads", "training": "training", "kills": "kills", "idle": "idle"}
-    load = os.getloadavg()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place, network() as wire:
         compiled(Path(place))
         bench = Bench(Path(place), wire, a)
         for part in a.only or parts:
             getattr(bench, parts[part])()
-    found = rows(bench.ours, bench.peer if peer else None)
-    where = "two network namespaces" if wire.interface else "loopback: bytes unknown"
-    about = f"{os.cpu_count()} cores, {where}, load {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after"
-    print(markdown(found, peer) + f"\n\n{about}; Python {platform.python_version()}.")
+            told(bench, peer, load)  # half an hour that is cut short is not lost
+    found, about = told(bench, peer, load)
+    print(f"{markdown(found, peer)}\n\n{about}.")
     if peer is None:
         print("Flower was not there: see --help for how to make an environment for it, then --flower-python.")
     print("Not by this bench: 1,000 connected virtual agents.")
-    if a.json:
-        told = {"flower": peer, "about": about, "rows": [row.as_json() for row in found]}
-        a.json.write_text(json.dumps(told | {"ours": bench.ours, "peer": bench.peer}, indent=1) + "\n")
     failed = any("failed" in case for case in bench.ours.values())
     return 1 if failed or any(row.met is False for row in found) else 0
 
