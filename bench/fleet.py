@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -150,6 +151,7 @@ def told(bench: Bench, peer: str | None, before: float) -> tuple[list[Row], str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = wishes(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the namespace goes, whatever ends this
     peer = flower.version(a.flower_python) if a.flower_python else None
     parts = {"rounds": "overheads", "training": "training", "kills": "kills", "idle": "idle"}
     load = os.getloadavg()[0]
