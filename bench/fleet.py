@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {"rounds": "overheads", "training": "training", "kills": "kills", "idle": "idle"}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place, network() as wire:
-        compiled(Path(place))
+        compiled()
         bench = Bench(Path(place), wire, a)
         for part in a.only or parts:
             getattr(bench, parts[part])()

@@ -85,18 +85,16 @@ def network(name: str = "", subnet: int = 77) -> Iterator[Wire]:
         ip(f"netns del {space}")
 
 
-def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What children live with: bytecode as after an installation (compiling takes memory), this checkout."""
+def environment() -> dict[str, str]:
+    """What children live with: bytecode is kept, as after an installation (compiling takes memory)."""
     result = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return (
-        result | {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "PYTHONPATH": str(ROOT)} | dict(more or {})
-    )
+    return result | {"PYTHONPATH": str(ROOT)}
 
 
-def compiled(folder: Path) -> None:
+def compiled() -> None:
     """Have every module compiled once, as an installation does."""
     modules = "edge_agent.__main__, edge_agent.training.trainer, coordinator.__main__, bench.fleet_agent"
-    subprocess.run([sys.executable, "-c", f"import {modules}"], env=environment(folder), cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", f"import {modules}"], env=environment(), cwd=ROOT, check=True)
 
 
 class Children:

@@ -61,8 +61,8 @@ def empty_run(mb: int, rounds: int, agents: int, encoding: str = "float32") -> d
 class Fleet(Children):
     """One broker, one coordinator, agents; ended at the end of the `with`."""
 
-    def __init__(self, folder: Path, base: Path, agents: int, wire: Wire, port: int = 21883) -> None:
-        super().__init__(folder, environment(base))
+    def __init__(self, folder: Path, agents: int, wire: Wire, port: int = 21883) -> None:
+        super().__init__(folder, environment())
         self.count, self.wire, self.port = agents, wire, port
 
     def __enter__(self) -> Fleet:
@@ -181,7 +181,7 @@ class Fleet(Children):
 
 @contextlib.contextmanager
 def fleet(base: Path, agents: int, wire: Wire, port: int = 21883) -> Iterator[Fleet]:
-    with tempfile.TemporaryDirectory(dir=base) as place, Fleet(Path(place), base, agents, wire, port) as made:
+    with tempfile.TemporaryDirectory(dir=base) as place, Fleet(Path(place), agents, wire, port) as made:
         yield made
 
 
