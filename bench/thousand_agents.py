@@ -1,10 +1,10 @@
 """Virtual agents for bench/thousand.py: many real MQTT connections in one process, empty work.
 
-Nothing of the protocol is left out: every agent has a connection of its own with a last will, subscribes as an
-agent does, introduces itself with presence and card (again when a coordinator comes), takes assignments in
+Nothing of the protocol is left out: every agent has a connection of its own with a last will, subscribes as
+an agent does, introduces itself with presence and card (again when a coordinator comes), takes assignments in
 parts with receipts, answers with an update frame of our own codec and waits until it is stored, asks for the
-time, tells telemetry. Left out is what costs a device and not the federation: the vault on disk, data, training,
-the meter. The client below speaks as much MQTT 3.1.1 as that takes.
+time, tells telemetry. Left out is what costs a device and not the federation: the vault on disk, data,
+training, the meter. The client below speaks as much MQTT 3.1.1 as that takes.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Line(asyncio.Protocol):
             self._send(packet(PUBLISH, int(retain), text(topic) + body))
             return
         number = self._number()
-        self._send(
-            packet(PUBLISH, 2 | int(retain), text(topic) + number.to_bytes(2, "big") + body)
-        )
+        self._send(packet(PUBLISH, 2 | int(retain), text(topic) + number.to_bytes(2, "big") + body))
         await self._answered(number)
 
     async def subscribe(self, *patterns: str) -> AsyncIterator[Letter]:
@@ -258,7 +256,9 @@ def answer(assignment: Assignment) -> Update:
 class VirtualAgent:
     """One agent; `live` ends when it is cancelled."""
 
-    def __init__(self, name: str, federation: str, port: int, counts: Counts, doors: asyncio.Semaphore) -> None:
+    def __init__(
+        self, name: str, federation: str, port: int, counts: Counts, doors: asyncio.Semaphore
+    ) -> None:
         self.name, self.port, self.counts, self._doors = name, port, counts, doors
         self.topics, self.federation = Topics(federation), federation
         self._session = f"{random.getrandbits(48):012x}"

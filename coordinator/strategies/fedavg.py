@@ -41,7 +41,7 @@ class FedAvg(Strategy):
         updates = in_order(updates)
         if not updates or not state.shared:
             return State(state.round + 1, state.shared, state.private)
-        mean = weighted_mean([u.parameters.only(self.shared) for u in updates], shares_of(updates))
+        mean = weighted_mean((u.parameters.only(self.shared) for u in updates), shares_of(updates))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
 
     def pools(self, name: str) -> bool:
