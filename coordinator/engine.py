@@ -404,6 +404,8 @@ class Engine:
         self, course: Course, strategy: Strategy, state: State, number: int, agents: Sequence[str]
     ) -> list[Assignment]:
         """Return what these agents would be asked in a round, whether they are or not."""
+        if not agents:
+            return []
         known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
         cards = [known[agent] for agent in sorted(set(agents)) if agent in known]
         if not cards:
