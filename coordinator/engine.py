@@ -659,9 +659,9 @@ class Engine:
     async def _deliver(self, here: _Open, agent: str) -> None:
         topic = self.topics.of(agent, "assignment")
         for last in (*[False] * (OFFERS - 1), True):
-            left = max(1.0, here.deadline - time.monotonic())
             try:
                 async with here.outgoing.turn():
+                    left = max(1.0, here.deadline - time.monotonic())
                     frame = await asyncio.to_thread(here.outgoing.frame, agent)
                     delivery = await self._courier.send(topic, frame, deadline_s=left)
             except DeliveryFailed as error:
