@@ -582,7 +582,7 @@ class Engine:
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
         encoding = run.encoding or strategy.encoding_down
         held = [self.models.held(a) for a in assignments]  # now: a card may change, a frame may not
-        outgoing = Outgoing(held, partial(frame_of, encoding=encoding))
+        outgoing = Outgoing(held, partial(frame_of, encoding=encoding), busy=lambda: self._courier.is_full)
         here = _Open(run.name, number, run.rounds, collector, outgoing, time.monotonic() + left, {}, asks)
         async with self._opened:
             self._open = here

@@ -3,7 +3,8 @@
 Frames of a round differ by their header alone, but each is as large as the model. Made when they are sent and
 forgotten when they have arrived, they take memory for `AT_ONCE` of them, however many devices there are; the
 receipts that let the next ones out come in with the updates: a coordinator that falls behind sends slower.
-A device that takes longer than `SLOW_S` gives its place up and goes on: nobody waits for a bad link.
+A device that takes longer than `SLOW_S` gives its place up and goes on: nobody waits for a bad link. While the
+coordinator itself is behind (`busy`), no place is given up: its own slowness is no device's.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class Outgoing:
         *,
         at_once: int = AT_ONCE,
         slow_s: float = SLOW_S,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._assignments = {assignment.agent: assignment for assignment in assignments}
-        self._frame, self._slow_s = frame, slow_s
+        self._frame, self._slow_s, self._busy = frame, slow_s, busy
         self._places = asyncio.Semaphore(at_once)
         self._roles: dict[str, Mapping[str, int]] = {}
 
@@ -56,17 +58,20 @@ class Outgoing:
     async def turn(self) -> AsyncIterator[None]:
         """Wait for a place, and hold it for `slow_s` at most."""
         await self._places.acquire()
-        held = True
+        later, held = asyncio.get_running_loop().call_later, True
 
         def give_up() -> None:
-            nonlocal held
-            if held:
+            nonlocal held, timer
+            if self._busy():
+                timer = later(self._slow_s, give_up)
+            else:
                 held = False
                 self._places.release()
 
-        timer = asyncio.get_running_loop().call_later(self._slow_s, give_up)
+        timer = later(self._slow_s, give_up)
         try:
             yield
         finally:
             timer.cancel()
-            give_up()
+            if held:
+                self._places.release()

@@ -682,6 +682,11 @@ class Courier:
         self._inbox.settle(topic, digest, _Outcome(frame.attempt, refused))
         self._answer(topic, Part(digest, frame.attempt, 0, frame.count, frame.total))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether letters stay unread at present, as much is being handled."""
+        return not self._room.is_set()
+
     def _handling(self, more_bytes: int) -> None:
         self.handling_bytes += more_bytes
         self.handling_peak_bytes = max(self.handling_peak_bytes, self.handling_bytes)

@@ -59,6 +59,26 @@ async def test_so_many_have_a_place_at_once_however_many_there_are(devices: int)
     assert (most, done) == (3, devices)
 
 
+async def test_no_place_is_given_up_while_the_coordinator_is_behind() -> None:
+    behind, asked_for = True, 0
+
+    def busy() -> bool:
+        nonlocal asked_for
+        asked_for += 1
+        if asked_for == 3:
+            looked.set()
+        return behind
+
+    looked = asyncio.Event()
+    outgoing = Outgoing([], frame_of, at_once=1, slow_s=0.001, busy=busy)
+    async with asyncio.timeout(10), outgoing.turn():
+        waiting = asyncio.create_task(outgoing.turn().__aenter__())
+        await looked.wait()
+        assert not waiting.done()
+        behind = False
+        await waiting
+
+
 async def test_a_slow_device_gives_its_place_up_once() -> None:
     outgoing = Outgoing([], partial(frame_of), at_once=1, slow_s=0.01)
     through = asyncio.Event()
