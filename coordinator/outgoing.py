@@ -3,8 +3,8 @@
 Frames of a round differ by their header alone, but each is as large as the model. Made when they are sent and
 forgotten when they have arrived, they take memory for `AT_ONCE` of them, however many devices there are; the
 receipts that let the next ones out come in with the updates: a coordinator that falls behind sends slower.
-A device that takes longer than `SLOW_S` gives its place up and goes on: nobody waits for a bad link. While the
-coordinator itself is behind (`busy`), no place is given up: its own slowness is no device's.
+A device that takes longer than `SLOW_S` gives its place up and goes on: nobody waits for a bad link. While
+the coordinator itself is behind (`busy`), no place is given up: its own slowness is no device's.
 """
 
 from __future__ import annotations

@@ -69,10 +69,14 @@ async def test_no_place_is_given_up_while_the_coordinator_is_behind() -> None:
             looked.set()
         return behind
 
+    async def next_one() -> None:
+        async with outgoing.turn():
+            pass
+
     looked = asyncio.Event()
     outgoing = Outgoing([], frame_of, at_once=1, slow_s=0.001, busy=busy)
     async with asyncio.timeout(10), outgoing.turn():
-        waiting = asyncio.create_task(outgoing.turn().__aenter__())
+        waiting = asyncio.create_task(next_one())
         await looked.wait()
         assert not waiting.done()
         behind = False
