@@ -59,6 +59,7 @@ class Outgoing:
         """Wait for a place, and hold it for `slow_s` at most."""
         await self._places.acquire()
         later, held = asyncio.get_running_loop().call_later, True
+        timer: asyncio.TimerHandle
 
         def give_up() -> None:
             nonlocal held, timer

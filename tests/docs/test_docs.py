@@ -65,7 +65,7 @@ LONGEST = {
     "fleet": 160,
     "rollout": 120,
     "brokers": 90,
-    "scale": 110,
+    "scale": 120,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
