@@ -32,12 +32,15 @@ from foundation import logs, settings
 from foundation.errors import HedgerowError, SettingsError
 from foundation.hosts import is_loopback
 from foundation.lock import hold
+from foundation.memory import one_pool
 from foundation.messages import Presence
 from foundation.mqtt import MqttTransport
 from foundation.topics import Topics, client_id
 
 logger = logging.getLogger(__name__)
 
+LARGE_BYTES = 64 * 2**10
+"""Buffers from here on go back to the system when they are freed: bodies of letters, frames, arrays."""
 COMMANDS = ("broker-config", "invite", "invites", "devices", "revoke", "token", "tokens", "audit")
 """What coordinator/fleet/commands.py does."""
 
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(settings.show(loaded, origins) + "\n")
             return 0
         logs.setup(loaded.log_level)
+        one_pool(LARGE_BYTES)
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it lists its plug-ins at every start
         with hold(loaded.folder, "coordinator"):
             return asyncio.run(_run(loaded))

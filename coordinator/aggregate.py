@@ -1,12 +1,12 @@
 """Means over updates: weighted by examples, and over those that kept a unit. numpy, no torch.
 
 Sums run in float64 and in the order of the updates' agents, so the result does not depend on who was
-heard first.
+heard first. One update is looked at after the other, so that no more than one of them must be in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,16 +25,16 @@ def shares_of(updates: Sequence[Update]) -> list[float]:
     return [update.examples / total if total else 1 / len(updates) for update in updates]
 
 
-def weighted_mean(arrays: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Parameters:
+def weighted_mean(arrays: Iterable[Mapping[str, Array]], weights: Sequence[float]) -> Parameters:
     """Return sum_i w_i a_i / sum_i w_i for every name of the first mapping; float32."""
     total = sum(weights)
-    result: dict[str, Array] = {}
-    for name in arrays[0]:
-        mean = np.zeros(arrays[0][name].shape, np.float64)
-        for one, weight in zip(arrays, weights, strict=True):
+    sums: dict[str, Array] | None = None
+    for one, weight in zip(arrays, weights, strict=True):
+        if sums is None:
+            sums = {name: np.zeros(array.shape, np.float64) for name, array in one.items()}
+        for name, mean in sums.items():
             mean += np.asarray(one[name], np.float64) * (weight / total)
-        result[name] = mean.astype(np.float32)
-    return Parameters(result)
+    return Parameters((name, mean.astype(np.float32)) for name, mean in (sums or {}).items())
 
 
 def mean_of_keepers(updates: Sequence[Update], weights: Sequence[float], old: Parameters) -> Parameters:
@@ -43,16 +43,18 @@ def mean_of_keepers(updates: Sequence[Update], weights: Sequence[float], old: Pa
     `old` holds the FFL arrays as they were sent. An update without a mask for a block kept all of it.
     `down.bias` belongs to no unit and is averaged over all.
     """
+    sums = {name: np.zeros(before.shape, np.float64) for name, before in old.items()}
+    counts = {name: np.zeros(before.shape, np.float64) for name, before in old.items()}
+    for update, weight in zip(updates, weights, strict=True):
+        for name, before in old.items():
+            block, _, part = name.partition(".ffl.")
+            held = _held(update, f"{block}.ffl", part, before.shape)
+            sums[name] += np.where(held, np.asarray(update.parameters[name], np.float64), 0.0) * weight
+            counts[name] += held * weight
     result: dict[str, Array] = {}
     for name, before in old.items():
-        block, _, part = name.partition(".ffl.")
-        sums, counts = np.zeros(before.shape, np.float64), np.zeros(before.shape, np.float64)
-        for update, weight in zip(updates, weights, strict=True):
-            held = _held(update, f"{block}.ffl", part, before.shape)
-            sums += np.where(held, np.asarray(update.parameters[name], np.float64), 0.0) * weight
-            counts += held * weight
-        mean = np.divide(sums, counts, out=np.asarray(before, np.float64).copy(), where=counts > 0)
-        result[name] = mean.astype(np.float32)
+        start, kept = np.asarray(before, np.float64).copy(), counts[name]
+        result[name] = np.divide(sums[name], kept, out=start, where=kept > 0).astype(np.float32)
     return Parameters(result)
 
 

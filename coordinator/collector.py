@@ -45,6 +45,7 @@ class Collector:
         self._soft, self._buffer, self._others = soft, buffer, others
         self._silent_for, self._clock = silent_for, clock
         self._changed = asyncio.Event()
+        self._outstanding = dict.fromkeys(self.assignments)  # in order, so that sending has one
 
     def check(self, update: Update) -> None:
         """Raise `FrameMismatch` when the update does not answer its agent's assignment."""
@@ -57,6 +58,7 @@ class Collector:
         """Count an update that was checked and stored."""
         self.updates[update.agent] = update
         self.refusals.pop(update.agent, None)
+        self._outstanding.pop(update.agent, None)
         self._changed.set()
 
     def add_late(self, update: Update) -> None:
@@ -68,12 +70,17 @@ class Collector:
         """Note that an agent will not answer."""
         if agent in self.assignments and agent not in self.updates:
             self.refusals[agent] = reason
+            self._outstanding.pop(agent, None)
             self._changed.set()
 
     @property
     def outstanding(self) -> list[str]:
         """Agents that have neither answered nor refused."""
-        return [a for a in self.assignments if a not in self.updates and a not in self.refusals]
+        return list(self._outstanding)
+
+    def is_outstanding(self, agent: str) -> bool:
+        """Whether an agent has neither answered nor refused."""
+        return agent in self._outstanding
 
     async def wait(self) -> list[Update]:
         """Return the updates, sorted by agent, when the round may close.
@@ -103,18 +110,19 @@ class Collector:
         return self._buffer is not None and bool(self.updates or self.late)
 
     def _may_close(self) -> bool:
-        waiting, count = self.outstanding, len(self.updates)
+        # Looked at after every update: who is waited for is listed only where it matters.
+        count, others = len(self.updates), tuple[str, ...]()
         if self._buffer is not None:
-            waiting, count = [*waiting, *self._others()], count + len(self.late)
+            others, count = tuple(self._others()), count + len(self.late)
             if count >= self._buffer:
                 return True
-        if not waiting or self._clock() >= self._deadline:
+        if not (self._outstanding or others) or self._clock() >= self._deadline:
             return True
         if count < self.needed:
             return False
         if self._buffer is None and self._soft is not None and self._clock() >= self._soft:
             return True
-        silent = [self._silent_for(agent) for agent in waiting]
+        silent = (self._silent_for(agent) for agent in (*self._outstanding, *others))
         return all(s is not None and s > self._grace_s for s in silent)
 
 

@@ -26,6 +26,7 @@ from coordinator.collector import Collector, check_answer
 from coordinator.easing import Ease
 from coordinator.ingest.taker import Taker
 from coordinator.live import Live, Phase
+from coordinator.outgoing import Outgoing
 from coordinator.pace import ROUNDS, Busy, age_s, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
 from coordinator.report import round_metrics, update_summary, update_words
@@ -35,6 +36,7 @@ from coordinator.rollout.steward import Steward
 from coordinator.roster import Roster
 from coordinator.selection import Choice, Selection
 from coordinator.settings import CoordinatorSettings, RunSettings
+from coordinator.shelf import Shelf
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.strategies.base import State, Strategy, load_strategy
@@ -53,6 +55,7 @@ from foundation.errors import (
     WireError,
     WorkRefused,
 )
+from foundation.memory import give_back
 from foundation.messages import (
     AgentCard,
     Assignment,
@@ -74,6 +77,8 @@ GOODBYE_S = 3.0
 """How long stopping waits for the broker."""
 OFFERS, OFFER_AGAIN_S = 4, 2.0
 """How often an assignment is offered to a device that fails to take it, and seconds between."""
+HANDLED_BYTES = 8 * 2**20
+"""Updates that are checked and stored at the same time; more of them wait unread."""
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
 UNFINISHED = ("waiting", "running")
@@ -89,7 +94,7 @@ class _Open:
     round: int
     rounds: int
     collector: Collector
-    frames: dict[str, bytes]
+    outgoing: Outgoing
     deadline: float
     sending: dict[str, asyncio.Task[None]]
     asks: Asks
@@ -126,6 +131,7 @@ class Engine:
         self._selection = Selection(self.roster, store, live, settings.budgets, clock)
         self._guard = Guard(store, self.roster, live)
         self._busy = Busy(time.monotonic)
+        self._shelf = Shelf(store.update_frame)
         self.models = Steward(
             settings.rollout,
             store=store,
@@ -148,6 +154,7 @@ class Engine:
             receipt_topic=lambda topic: self.topics.of(self.topics.agent_of(topic), "receipt"),
             handle=self._arrived,
             part_bytes=settings.mqtt.max_part_bytes - OVERHEAD,
+            handled_bytes=HANDLED_BYTES,
         )
 
     async def serve(self) -> None:
@@ -402,13 +409,14 @@ class Engine:
             state = await asyncio.to_thread(strategy.absorb, state, updates)
 
     async def _update(self, run: str, number: int, agent: str) -> Update:
-        frame = await asyncio.to_thread(self.store.update_frame, run, number, agent)
-        return await asyncio.to_thread(update_from, frame)
+        return await asyncio.to_thread(self._shelf.take, run, number, agent)
 
     async def _asks(
         self, course: Course, strategy: Strategy, state: State, number: int, agents: Sequence[str]
     ) -> list[Assignment]:
         """Return what these agents would be asked in a round, whether they are or not."""
+        if not agents:
+            return []
         known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
         cards = [known[agent] for agent in sorted(set(agents)) if agent in known]
         if not cards:
@@ -460,6 +468,8 @@ class Engine:
         merged = [(u.round, u.agent) for u in answers.updates if u.round != number]
         ready = await asyncio.to_thread(settled, run.robust, strategy, state, answers)
         state = await asyncio.to_thread(strategy.absorb, state, ready)
+        self._shelf.clear()
+        await asyncio.to_thread(give_back)
         metrics = round_metrics(updates, asked=len(assignments), seconds=time.monotonic() - started) | found
         if merged:
             metrics["late"] = float(len(merged))
@@ -582,10 +592,9 @@ class Engine:
         await self._stored_before(run, number, collector, asks)
         self.live.phase(run.name, number, run.rounds, "sending", {"agents": len(assignments)})
         encoding = run.encoding or strategy.encoding_down
-        frames = {
-            a.agent: await asyncio.to_thread(frame_of, self.models.held(a), encoding) for a in assignments
-        }
-        here = _Open(run.name, number, run.rounds, collector, frames, time.monotonic() + left, {}, asks)
+        held = [self.models.held(a) for a in assignments]  # now: a card may change, a frame may not
+        outgoing = Outgoing(held, partial(frame_of, encoding=encoding), busy=lambda: self._courier.is_full)
+        here = _Open(run.name, number, run.rounds, collector, outgoing, time.monotonic() + left, {}, asks)
         async with self._opened:
             self._open = here
             self._opened.notify_all()
@@ -651,7 +660,7 @@ class Engine:
     def _send(self, agent: str) -> None:
         """(Re)send an agent its assignment of the open round."""
         here = self._open
-        if here is None or agent not in here.frames or agent not in here.collector.outstanding:
+        if here is None or agent not in here.outgoing or not here.collector.is_outstanding(agent):
             return
         old = here.sending.pop(agent, None)
         if old is not None:
@@ -661,9 +670,11 @@ class Engine:
     async def _deliver(self, here: _Open, agent: str) -> None:
         topic = self.topics.of(agent, "assignment")
         for last in (*[False] * (OFFERS - 1), True):
-            left = max(1.0, here.deadline - time.monotonic())
             try:
-                delivery = await self._courier.send(topic, here.frames[agent], deadline_s=left)
+                async with here.outgoing.turn():
+                    left = max(1.0, here.deadline - time.monotonic())
+                    frame = await asyncio.to_thread(here.outgoing.frame, agent)
+                    delivery = await self._courier.send(topic, frame, deadline_s=left)
             except DeliveryFailed as error:
                 logger.warning("assignment not taken", extra={"agent": agent, "reason": str(error)})
                 if error.refused or (last and str(error) == INTERNAL):
@@ -710,15 +721,16 @@ class Engine:
             return  # known already: the agent may forget it
         if update.artifact is not None:
             await asyncio.to_thread(self.store.add_artifact, update.artifact)
-        summary = update_summary(update, wire_bytes, up=frame, down=here.frames.get(agent))
+        down = await asyncio.to_thread(here.outgoing.roles, agent)
+        summary = update_summary(update, wire_bytes, up=frame, down=down)
         new = await asyncio.to_thread(self.store.add_update, update.run, update.round, agent, frame, summary)
         self._busy.done(agent, update.round)  # once more: its round may have closed while it was stored
         if not new:
             return  # the first one stays: what counts here is what a restart would find in the store
         if update.round == here.round:
-            here.collector.add(update)
+            here.collector.add(self._shelf.put(update))
         else:
-            here.collector.add_late(update)
+            here.collector.add_late(self._shelf.put(update))
             text = f"{agent}: its update of round {update.round} came late, and counts less"
             self.live.emit("late_merged", text, run=update.run, round=here.round, agent=agent)
         if self._open is here:
@@ -808,8 +820,7 @@ class Engine:
         return await asyncio.to_thread(self.store.round_record, run, number) is not None
 
     async def _is_stored(self, update: Update) -> bool:
-        records = await asyncio.to_thread(self.store.updates, update.run, update.round)
-        return any(record.agent == update.agent for record in records)
+        return await asyncio.to_thread(self.store.has_update, update.run, update.round, update.agent)
 
     def _malformed(self, agent: str, reason: str) -> None:
         self.live.emit("malformed", f"{agent}: {reason}", agent=agent)
@@ -852,7 +863,7 @@ class Engine:
         """Say once what a device decided about its personal models."""
         before = self.roster.entry(agent).card
         if card.verdicts and before is None:  # this coordinator has just started
-            before = (await asyncio.to_thread(self.store.cards)).get(agent)
+            before = (await asyncio.to_thread(self.store.cards, agent)).get(agent)
         known = before.verdicts if before is not None else ()
         for verdict in card.verdicts:
             if verdict not in known:

@@ -44,12 +44,12 @@ def part_of(name: str) -> str:
 
 
 def update_summary(
-    update: Update, wire_bytes: int, *, up: bytes | None = None, down: bytes | None = None
+    update: Update, wire_bytes: int, *, up: bytes | None = None, down: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Return what the store keeps of an update beside its frame; JSON-ready.
 
     Bytes are payload with part headers, as counted by whoever received them. Bytes by role are those of the
-    frames `up` (the update) and `down` (the assignment that it answers), where they are given.
+    frame `up` (the update), and `down` (of the assignment that it answers), where they are given.
     """
     return {
         "examples": update.examples,
@@ -64,7 +64,7 @@ def update_summary(
         "interface_sent_bytes": update.interface_sent_bytes,
         "state": None if update.state is None else update.state.model_dump(mode="json", exclude_none=True),
         "up_role_bytes": {} if up is None else role_bytes(up),
-        "down_role_bytes": {} if down is None else role_bytes(down),
+        "down_role_bytes": dict(down or {}),
         "problem": update.problem,
         "artifact": update.artifact.sha256 if update.artifact else None,
     }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable
 
-_M_ARENA_MAX = -8
-"""glibc's malloc.h."""
+from foundation.memory import one_pool
 
 
 def hold_little() -> None:
@@ -19,7 +16,5 @@ def hold_little() -> None:
     new shapes all the time: 64 are more than a step needs. Both together took 8 MB off a training agent here.
     What the environment says already stands.
     """
-    mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+    one_pool()
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

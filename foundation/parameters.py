@@ -65,8 +65,18 @@ class Parameters(Mapping[str, Array]):
     def __init__(self, arrays: Mapping[str, Array] | Iterable[tuple[str, Array]] = ()) -> None:
         self._arrays: Mapping[str, Array] = MappingProxyType(dict(arrays))
 
+    @classmethod
+    def over(cls, arrays: Mapping[str, Array]) -> Self:
+        """Return parameters that look into a mapping each time, such as one that reads from a disk."""
+        found = cls.__new__(cls)
+        found._arrays = arrays
+        return found
+
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)

@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 import heapq
 import logging
+import math
 import secrets
 import struct
 import time
@@ -323,6 +324,7 @@ class _Inbox:
         self._remembered, self._stale_s = remembered, stale_s
         self._frames: dict[str, dict[bytes, _Incoming]] = {}
         self._outcomes: dict[str, OrderedDict[bytes, _Outcome]] = {}
+        self._looked_s = -math.inf
 
     def outcome(self, topic: str, part: Part) -> _Outcome | None:
         """Return how this frame ended; a refusal is forgotten as soon as the frame is offered anew."""
@@ -382,6 +384,9 @@ class _Inbox:
         return frame
 
     def _forget_stale(self, now_s: float) -> None:
+        if now_s - self._looked_s < self._stale_s / 8:
+            return  # with every new frame it would cost the more, the more senders there are
+        self._looked_s = now_s
         for topic, frames in list(self._frames.items()):
             for digest, frame in list(frames.items()):
                 if not frame.handling and now_s - frame.touched_s > self._stale_s:
@@ -418,8 +423,9 @@ class Courier:
     sender is told "stored"; when it raises `WireError` or `WorkRefused`, the sender is told the reason, and
     after any other error only that it was one. It must be idempotent: a frame comes again when we restarted
     after handling it. `part_bytes` bounds one publish, header included, and so does the transport where it is
-    `Bounded`: a frame whose parts turn out too large is sent again in smaller ones. The transport is opened
-    before and closed after the courier.
+    `Bounded`: a frame whose parts turn out too large is sent again in smaller ones. With `handled_bytes`,
+    letters stay unread while whole frames of that size together are being handled: a handler must not wait
+    for a letter then. The transport is opened before and closed after the courier.
     """
 
     def __init__(
@@ -435,6 +441,7 @@ class Courier:
         resend_s: float = 3.0,
         retry_s: float = 1.0,
         max_frame_bytes: int = 256 * 1024 * 1024,
+        handled_bytes: int | None = None,
         frames_per_topic: int = 4,
         remembered: int = 32,
         stale_s: float = 600.0,
@@ -456,6 +463,11 @@ class Courier:
         self._answering: set[tuple[str, bytes]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = False
+        self._handled_bytes = handled_bytes
+        self._room = asyncio.Event()
+        self._room.set()
+        self.handling_bytes = self.handling_peak_bytes = 0
+        """Bytes of whole frames that are being handled, now and at most."""
         self.sent_bytes = 0
         """Bytes of parts, probes and receipts handed to the transport."""
         self.received_bytes = 0
@@ -613,6 +625,7 @@ class Courier:
     async def _read(self, letters: AsyncIterator[Letter]) -> None:
         while True:
             async for letter in letters:
+                await self._room.wait()
                 self.received_bytes += len(letter.body)
                 try:
                     self._take(letter)
@@ -656,15 +669,32 @@ class Courier:
             return
         gap = part.index > frame.upto
         if frame.add(part, wire_bytes):
+            self._handling(frame.total)
             self._spawn(self._finish(topic, part.digest, frame), self._tasks)
         elif part.ask or gap:
             self._answer(topic, part)
 
     async def _finish(self, topic: str, digest: bytes, frame: _Incoming) -> None:
         """Have a whole frame handled, and tell its sender how that ended."""
-        refused = await self._refusal(topic, digest, frame)
+        try:
+            refused = await self._refusal(topic, digest, frame)
+        finally:
+            self._handling(-frame.total)
         self._inbox.settle(topic, digest, _Outcome(frame.attempt, refused))
         self._answer(topic, Part(digest, frame.attempt, 0, frame.count, frame.total))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether letters stay unread at present, as much is being handled."""
+        return not self._room.is_set()
+
+    def _handling(self, more_bytes: int) -> None:
+        self.handling_bytes += more_bytes
+        self.handling_peak_bytes = max(self.handling_peak_bytes, self.handling_bytes)
+        if self._handled_bytes is None or self.handling_bytes < self._handled_bytes:
+            self._room.set()
+        else:
+            self._room.clear()
 
     async def _refusal(self, topic: str, digest: bytes, frame: _Incoming) -> str | None:
         whole = b"".join(frame.parts.pop(i) for i in range(frame.count))

@@ -207,10 +207,11 @@ class Store(PlugVerbs, RolloutVerbs, ArrivalVerbs):
             for row in rows
         ]
 
-    def cards(self) -> dict[str, AgentCard | None]:
-        """Return every agent's card, by name; `None` for one that cannot be read, as of another version."""
+    def cards(self, agent: str | None = None) -> dict[str, AgentCard | None]:
+        """Return every agent's card, or one's; `None` for one that cannot be read, as of another version."""
         found: dict[str, AgentCard | None] = {}
-        for row in self._all(sa.select(schema.agents).order_by(schema.agents.c.agent)):
+        query = sa.select(schema.agents).order_by(schema.agents.c.agent)
+        for row in self._all(query if agent is None else query.where(schema.agents.c.agent == agent)):
             try:
                 found[row.agent] = AgentCard.model_validate_json(row.card_json)
             except ValidationError:
@@ -386,6 +387,13 @@ class Store(PlugVerbs, RolloutVerbs, ArrivalVerbs):
         table = schema.updates
         where = (table.c.run == run) & (table.c.round == round)
         return [_update(row) for row in self._all(sa.select(table).where(where).order_by(table.c.agent))]
+
+    def has_update(self, run: str, round: int, agent: str) -> bool:
+        """Whether an agent's update of a round is here; costs the same however many there are."""
+        table = schema.updates
+        key = (table.c.run == run) & (table.c.round == round) & (table.c.agent == agent)
+        with self._reading() as connection:
+            return connection.execute(sa.select(table.c.agent).where(key)).first() is not None
 
     def update_frame(self, run: str, round: int, agent: str) -> bytes:
         """Return the frame of an update; raises `StoreError` when there is none, or no longer."""

@@ -121,7 +121,7 @@ class AdaptivePruning(Strategy):
         if not updates:
             return State(state.round + 1, state.shared, state.private)
         shares = shares_of(updates)
-        mean = weighted_mean([u.parameters.only(SHARED - FFL) for u in updates], shares)
+        mean = weighted_mean((u.parameters.only(SHARED - FFL) for u in updates), shares)
         mean = mean.updated(mean_of_keepers(updates, shares, state.shared.under("model/").only(FFL)))
         private = dict(state.private)
         if self.rates == "measured":

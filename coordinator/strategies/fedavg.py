@@ -32,16 +32,15 @@ class FedAvg(Strategy):
     def plan(self, state: State, context: RoundContext) -> Sequence[Assignment]:
         """Send the mean to everybody."""
         work = self.work(send=self.shared, keep=WEIGHTS - self.shared)
-        return [
-            context.assign(card.agent, work, self.personal(state, card.agent)) for card in context.present
-        ]
+        mean = state.shared.under("model/")  # once: a thousand of the same would be a thousand lists of names
+        return [context.assign(card.agent, work, mean) for card in context.present]
 
     def absorb(self, state: State, updates: Sequence[Update]) -> State:
         """Average by examples; without an update nothing changes but the count."""
         updates = in_order(updates)
         if not updates or not state.shared:
             return State(state.round + 1, state.shared, state.private)
-        mean = weighted_mean([u.parameters.only(self.shared) for u in updates], shares_of(updates))
+        mean = weighted_mean((u.parameters.only(self.shared) for u in updates), shares_of(updates))
         return State(state.round + 1, state.shared.updated(mean.prefixed("model/")), state.private)
 
     def pools(self, name: str) -> bool:

@@ -139,7 +139,7 @@ class FedTP(Strategy):
 
     def mean(self, state: State, updates: Sequence[Update]) -> Parameters:
         """Return what the updates make of the averaged part."""
-        return weighted_mean([u.parameters.only(self.averaged()) for u in updates], shares_of(updates))
+        return weighted_mean((u.parameters.only(self.averaged()) for u in updates), shares_of(updates))
 
     def learns(self) -> bool:
         """Whether updates bring what the hypernetwork can learn from."""

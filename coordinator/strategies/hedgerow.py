@@ -150,7 +150,7 @@ class Hedgerow(Strategy):
             return State(state.round + 1, state.shared, state.private)
         shares, model = shares_of(updates), state.shared.under("model/")
         whole = EVERYTHING - FFL if self.target else WEIGHTS
-        mean = weighted_mean([u.parameters.only(whole) for u in updates], shares)
+        mean = weighted_mean((u.parameters.only(whole) for u in updates), shares)
         change = mean.only(WEIGHTS)
         if self.residual:
             state = residual.learned(state, updates, change.only(ATTENTION), Adam(self.residual_rate))

@@ -217,7 +217,7 @@ def _lesson(state: State, updates: Sequence[Update]) -> Array | None:
     taught = [u for u in updates if any(name.startswith(TEACHER) for name in u.parameters)]
     if not taught:
         return None
-    mean = weighted_mean([u.parameters.under(TEACHER) for u in taught], shares_of(taught))
+    mean = weighted_mean((u.parameters.under(TEACHER) for u in taught), shares_of(taught))
     return Parameters((name, mean[name]) for name in state.shared.under("start/")).flat()
 
 

@@ -82,8 +82,8 @@ class PflTpp(FedTP):
         shares = shares_of(updates)
         roles = self.averaged() | THRESHOLD
         if self.ffl != "mean_of_keepers":
-            return weighted_mean([u.parameters.only(roles) for u in updates], shares)
-        mean = weighted_mean([u.parameters.only(roles - FFL) for u in updates], shares)
+            return weighted_mean((u.parameters.only(roles) for u in updates), shares)
+        mean = weighted_mean((u.parameters.only(roles - FFL) for u in updates), shares)
         return mean.updated(mean_of_keepers(updates, shares, state.shared.under("model/").only(FFL)))
 
     def learns(self) -> bool:

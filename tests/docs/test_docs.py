@@ -66,6 +66,7 @@ LONGEST = {
     "rollout": 120,
     "brokers": 90,
     "links": 60,
+    "scale": 120,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

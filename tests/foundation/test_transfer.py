@@ -514,6 +514,42 @@ async def test_frames_begun_and_left_are_bounded_and_given_up() -> None:
         assert [f for _, f, _ in shelf.frames] == [frames[2]]
 
 
+@pytest.mark.parametrize("senders", [8, 64])
+async def test_frames_that_are_handled_at_once_are_bounded_however_many_come(senders: int) -> None:
+    broker, frame = MemoryBroker(), frame_of(1)
+    begun: asyncio.Queue[None] = asyncio.Queue()
+    go_on = asyncio.Semaphore(0)
+
+    async def answer() -> None:
+        begun.put_nowait(None)
+        await go_on.acquire()
+
+    shelf = Shelf(answer)
+    names = [f"a{i}" for i in range(senders)]
+    async with AsyncExitStack() as stack:
+        taker = MemoryTransport(broker)
+        await stack.enter_async_context(taker)
+        courier = await stack.enter_async_context(coordinator(taker, shelf, handled_bytes=3 * len(frame)))
+        edges = []
+        for name in names:
+            transport = await stack.enter_async_context(MemoryTransport(broker))
+            edges.append(await stack.enter_async_context(agent(transport, name)))
+        sending = asyncio.gather(
+            *(
+                edge.send(TOPICS.of(name, "update"), frame, deadline_s=60)
+                for edge, name in zip(edges, names, strict=True)
+            )
+        )
+        for _ in range(senders):
+            await begun.get()
+            assert courier.handling_bytes <= 3 * len(frame)
+            go_on.release()
+        await sending
+        assert courier.handling_peak_bytes == 3 * len(frame)
+        assert courier.handling_bytes == 0
+    assert len(shelf.frames) == senders
+
+
 @given(st.integers(1, 10**7), st.integers(1, 200_000))
 def test_parts_cover_the_frame_and_both_sides_cut_alike(total: int, part_bytes: int) -> None:
     count = parts_of(total, part_bytes)
