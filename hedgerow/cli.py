@@ -891,6 +891,12 @@ def doctor(
             " --chaos starts its own.",
         ),
     ] = None,
+    sealed: Annotated[
+        bool,
+        typer.Option(
+            "--sealed", help="The agents join first; every letter has a seal.", rich_help_panel=CHAOS
+        ),
+    ] = False,
     logs: Annotated[
         Path | None,
         typer.Option(
@@ -916,16 +922,22 @@ def doctor(
 
     hedgerow doctor --chaos --quick
 
+    hedgerow doctor --chaos --quick --sealed
+
     hedgerow doctor --chaos --kills 200 --logs chaos-logs --json
     """
     if chaos:
         from hedgerow.chaos import ChaosOptions
         from hedgerow.chaos import run_command as run_chaos
 
-        options = ChaosOptions(quick=quick, kills=kills, seed=seed, broker=broker, logs=logs, json=as_json)
+        options = ChaosOptions(
+            quick=quick, kills=kills, seed=seed, broker=broker, sealed=sealed, logs=logs, json=as_json
+        )
         raise typer.Exit(run_chaos(options))
-    if quick or kills is not None or logs is not None:
-        raise typer.BadParameter("--quick, --kills and --logs belong to --chaos", param_hint="--chaos")
+    if quick or sealed or kills is not None or logs is not None:
+        raise typer.BadParameter(
+            "--quick, --kills, --sealed and --logs belong to --chaos", param_hint="--chaos"
+        )
     from hedgerow.doctor import run_command as look
 
     raise typer.Exit(look(broker, as_json=as_json))
