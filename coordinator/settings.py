@@ -175,6 +175,12 @@ class EnrolmentSettings(Frozen):
     """Command that makes the broker read them again; not set, the process of its pid file gets SIGHUP."""
     address: str | None = Field(None, pattern=r"^mqtts?://")
     """Where devices reach the broker, for the line that `hedgerow coordinator invite` prints."""
+    certificates: bool = False
+    """Whether devices get client certificates, and the broker asks for them (`broker-config`)."""
+    certificate_days: float = Field(397.0, gt=0, le=3650)
+    """How long one is good; devices ask for the next when a third of that is left."""
+    port: int | None = Field(None, ge=1, le=65_535)
+    """With certificates: where devices that have joined reach the broker; `address` is for joining."""
     coordinator_reads: tuple[str, ...] = ()
     """More topics that the coordinator may read at the broker, such as those of smart plugs."""
     coordinator_writes: tuple[str, ...] = ()
@@ -186,6 +192,11 @@ class EnrolmentSettings(Frozen):
     def _belongs_together(self) -> EnrolmentSettings:
         if (self.broker == "none") != (self.files is None):
             raise ValueError("enrolment.broker and enrolment.files are set together")
+        if self.certificates and (self.broker != "mosquitto" or self.port is None):
+            raise ValueError(
+                "enrolment.certificates needs enrolment.broker = 'mosquitto' and enrolment.port: write its"
+                " files with `hedgerow coordinator broker-config mosquitto --certificates`"
+            )
         return self
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_agent.agent import OFFLINE, Agent, Recorder
 from edge_agent.calibration.use import calibrated, logged, place_beside
+from edge_agent.certificate import Renewal
 from edge_agent.conditions import Conditions
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.meter import Meter
@@ -113,14 +114,18 @@ async def _run(s: AgentSettings) -> None:
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=_recorder(s),
         )
-        keeping = asyncio.ensure_future(seals.run()) if seals else None
+        lives = (
+            [seals.run(), Renewal(s.vault, s.agent, Topics(s.federation), transport).run()] if seals else []
+        )
+        beside = [asyncio.ensure_future(life) for life in lives]
         task = asyncio.ensure_future(agent.run())
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await asyncio.wait([task])
-        if keeping is not None:
-            keeping.cancel()
-            await asyncio.wait([keeping])
+        for life in beside:
+            life.cancel()
+        if beside:
+            await asyncio.wait(beside)
         if not task.cancelled():
             task.result()
 

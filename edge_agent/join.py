@@ -22,6 +22,8 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
+from edge_agent.certificate import PEM, request_of
+from edge_agent.certificate import keep as keep_certificate
 from edge_agent.enrolment import AUTHORITY, IDENTITY, PASSWORD, Enrolment, keep
 from edge_agent.samples import DataSettings
 from export.sign import TRUSTED
@@ -82,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="KEY=VALUE",
         help="for [data] in agent.toml, such as kind=npz and path=/data/own.npz",
     )  # fmt: skip
+    result.add_argument(
+        "--certificate", action="store_true",
+        help="get a client certificate, for fleets whose broker asks for one; the invitation says so",
+    )  # fmt: skip
     result.add_argument("--systemd", action="store_true", help="install and start it as a service (as root)")
     result.add_argument("--user", default="hedgerow", help="the service's user (hedgerow)")
     result.add_argument("--json", action="store_true", help="print JSON")
@@ -138,9 +144,10 @@ async def _join(arguments: argparse.Namespace) -> Joined:
     with hold(vault, "vault"):
         anchor = await asyncio.to_thread(_anchor, broker, token, vault, arguments.ca_file)
         private = _identity(vault)
-        grant = await _ask(broker, token, name, private, anchor)
+        wanted = await asyncio.to_thread(request_of, vault, name) if arguments.certificate else ""
+        grant = await _ask(broker, token, name, private, anchor, wanted)
         _keep(vault, token, grant, private, anchor)
-        final = _settings(broker, grant.name, vault, anchor)
+        final = _settings(broker, grant, vault, anchor)
         await _confirm(final, token.federation, grant.name)
     lines = _lines(final, token.federation, grant.name, vault, data)
     written = None
@@ -212,11 +219,14 @@ def _anchor(broker: MqttSettings, token: Token, vault: Path, ca_file: Path | Non
     return path
 
 
-async def _ask(broker: MqttSettings, token: Token, name: str, private: bytes, anchor: Path | None) -> Grant:
+async def _ask(
+    broker: MqttSettings, token: Token, name: str, private: bytes, anchor: Path | None, certificate: str
+) -> Grant:
     me = broker.model_copy(
         update={"username": token.user, "password": SecretStr(token.password), "ca_file": anchor}
     )
-    request = vouched(Request(name=name, public=public_of(private).hex()), token.secret)
+    asked = Request(name=name, public=public_of(private).hex(), certificate=certificate)
+    request = vouched(asked, token.secret)
     try:
         async with MqttTransport(me, token.user, clean=True) as transport:
             answers = await transport.subscribe(token.topic("answer"))
@@ -272,17 +282,25 @@ def _keep(vault: Path, token: Token, grant: Grant, private: bytes, anchor: Path 
     write_whole(vault / PASSWORD, box.password.encode() + b"\n", mode=SECRET)
     if grant.authority and anchor is not None:
         write_whole(vault / AUTHORITY, grant.authority.encode())
+    if grant.certificate is not None:
+        keep_certificate(vault, grant.certificate)
     if grant.signing:
         write_whole(vault / TRUSTED / "coordinator.pub", grant.signing.encode() + b"\n")
     keep(vault, enrolment)
 
 
-def _settings(broker: MqttSettings, name: str, vault: Path, anchor: Path | None) -> MqttSettings:
+def _settings(broker: MqttSettings, grant: Grant, vault: Path, anchor: Path | None) -> MqttSettings:
     given = vault / AUTHORITY
     ca_file = given if anchor is not None and given.exists() else anchor
-    return broker.model_copy(
-        update={"username": name, "password": None, "password_file": vault / PASSWORD, "ca_file": ca_file}
-    )
+    mine: dict[str, Any] = {
+        "username": grant.name,
+        "password": None,
+        "password_file": vault / PASSWORD,
+        "ca_file": ca_file,
+    }
+    if grant.certificate is not None:
+        mine |= {"cert_file": vault / PEM, "port": grant.port or broker.port}
+    return broker.model_copy(update=mine)
 
 
 async def _confirm(final: MqttSettings, federation: str, name: str) -> None:
@@ -313,6 +331,8 @@ def _lines(final: MqttSettings, federation: str, name: str, vault: Path, data: d
         lines.append("tls = true")
     if final.ca_file is not None:
         lines.append(f"ca_file = {q(str(final.ca_file.resolve()))}")
+    if final.cert_file is not None:
+        lines.append(f"cert_file = {q(str(final.cert_file.resolve()))}")
     lines += ["", "[data]"]
     lines += [f"{key} = {q(value)}" for key, value in data.items()] or [
         "# This device's own data; docs/data.md has all kinds.",

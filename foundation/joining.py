@@ -90,12 +90,37 @@ class Token:
         return f"{ROOT}/{self.federation}/join/{self.user}/{what}"
 
 
+class Certificate(Frozen):
+    """A device's client certificate at the broker."""
+
+    pem: str = Field(max_length=8_192)
+    issued: float
+    expires: float
+    """UTC seconds."""
+
+
+class CertificateAsked(Frozen):
+    """A joined device's letter before its certificate expires; sealed."""
+
+    request: str = Field(max_length=4_096)
+    """PKCS #10, PEM."""
+
+
+class CertificateGiven(Frozen):
+    """What it is answered; sealed."""
+
+    certificate: Certificate | None = None
+    refused: str = Field("", max_length=2_000)
+
+
 class Request(Frozen):
     """What a device asks."""
 
     name: str = Field(max_length=64)
     public: str = Field(pattern=_HEX32)
     """X25519."""
+    certificate: str = Field("", max_length=4_096)
+    """A request for a client certificate (PKCS #10, PEM), where the device wants one."""
 
 
 class Box(Frozen):
@@ -120,6 +145,10 @@ class Grant(Frozen):
     """PEM of the authority that signs the broker's certificate; empty where it is somebody else's."""
     box: str = Field("", max_length=8_192)
     """A `Box`, as nonce and ciphertext in hexadecimal digits."""
+    certificate: Certificate | None = None
+    """The device's own, where the broker asks for one."""
+    port: int | None = Field(None, ge=1, le=65_535)
+    """The broker's for those who have joined, where it is another than that for joining."""
 
 
 L = TypeVar("L", Request, Grant)
@@ -134,7 +163,7 @@ class Vouched(Frozen):
 
 def vouched(letter: Request | Grant, secret: bytes) -> bytes:
     """Return a letter that proves that its writer has the token's secret."""
-    body = letter.model_dump_json()
+    body = letter.model_dump_json(exclude_defaults=True)  # an earlier version knows no newer fields
     return Vouched(body=body, mac=_mac(type(letter).__name__, body, secret).hex()).model_dump_json().encode()
 
 

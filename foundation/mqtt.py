@@ -928,9 +928,9 @@ class _Link:
         client.connect_timeout = TCP_CONNECT_S
         if self._settings.username is not None:
             client.username_pw_set(self._settings.username, self._settings.secret())
-        context = self._settings.tls_context()
-        if context is not None:
-            client.tls_set_context(context)
+        self._context = self._settings.tls_context()
+        if self._context is not None:
+            client.tls_set_context(self._context)
         if self._will is not None:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.on_connect = self._on_connect
@@ -1029,6 +1029,7 @@ class _Link:
         try:
             self._refused = self._opened = False
             self._goodbye = ""
+            self._show_newest()
             self.client.reconnect()
             self._opened = True
             trouble = self._serve()
@@ -1042,6 +1043,17 @@ class _Link:
         elif not self._refused:
             self._post(lambda: self._owner.on_trouble(trouble, final=False))
         self._flush()
+
+    def _show_newest(self) -> None:
+        """Read the client certificate again, which somebody may have renewed; an unreadable one is said."""
+        s = self._settings
+        if self._context is not None and s.cert_file is not None:
+            try:
+                self._context.load_cert_chain(s.cert_file, s.key_file)
+            except OSError as error:
+                logger.error(
+                    "mqtt.cert_file = %s cannot be read, the last one is shown: %s", s.cert_file, error
+                )
 
     def _serve(self) -> str:
         """Run paho until the connection ends; returns why in words."""

@@ -37,9 +37,9 @@ WINDOW = 1024
 """Letters of one topic that may overtake each other."""
 RETAINED = frozenset({"presence", "card"})
 """Last words of the topics whose letters come again."""
-UP = ("card", "presence", "update", "received", "refusal", "telemetry", "clock")
+UP = ("card", "presence", "update", "received", "refusal", "telemetry", "clock", "renew")
 """Last words of the topics that a device writes and the coordinator reads."""
-DOWN = ("assignment", "receipt", "command", "time")
+DOWN = ("assignment", "receipt", "command", "time", "certificate")
 """The other way round."""
 
 

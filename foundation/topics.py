@@ -12,6 +12,8 @@ hedgerow/v1/{federation}/agents/{agent}/telemetry      agent, QoS 0
 hedgerow/v1/{federation}/agents/{agent}/command        coordinator: cancel, stop, ...
 hedgerow/v1/{federation}/agents/{agent}/clock          agent, QoS 0: asks what time it is
 hedgerow/v1/{federation}/agents/{agent}/time           coordinator, QoS 0: says it, where a plug is joined
+hedgerow/v1/{federation}/agents/{agent}/renew          agent: asks for a new client certificate
+hedgerow/v1/{federation}/agents/{agent}/certificate    coordinator: gives it
 hedgerow/v1/{federation}/agents/{agent}/predict        anyone who may: questions to its personal model
 hedgerow/v1/{federation}/agents/{agent}/answer         agent: answers to them
 hedgerow/v1/{federation}/agents/{agent}/prediction     agent: of its sensor's newest window  retained
@@ -39,11 +41,12 @@ WRITTEN_BY_AGENTS = (
     "refusal",
     "telemetry",
     "clock",
+    "renew",
     "answer",
     "prediction",
 )
 """What an agent writes below its own branch; the broker lets it write nothing else."""
-READ_BY_AGENTS = ("assignment", "receipt", "command", "time", "predict")
+READ_BY_AGENTS = ("assignment", "receipt", "command", "time", "certificate", "predict")
 """What it reads there; besides these only the coordinator's presence."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -22,6 +22,7 @@ from foundation.errors import HedgerowError, SettingsError
 from hedgerow.broker import find_broker
 from hedgerow.chaos_bed import RUN_S, VICTIM, Bed
 from hedgerow.chaos_check import CLOSE, Ending, distance, ending, proven
+from hedgerow.chaos_joined import JoinedBed
 from hedgerow.chaos_plan import QUICK_KILLS, Case, plan
 from hedgerow.chaos_report import Report, Result, Verdict, show
 from hedgerow.demo import broker_table, interruptible
@@ -40,6 +41,8 @@ class ChaosOptions:
     """Random instants; not set: 2 with `quick`, else 20."""
     seed: int = 0
     broker: str | None = None
+    sealed: bool = False
+    """Whether the agents join first, and every letter has a seal."""
     logs: Path | None = None
     """Folder that is kept; not set: one that goes when everything came to the same end."""
     json: bool = False
@@ -53,9 +56,9 @@ class ChaosOptions:
 class Matrix:
     """Runs cases on a bed, and makes a new bed after one that broke."""
 
-    def __init__(self, folder: Path, broker: str | None, seed: int) -> None:
-        """Work in `folder`; see `Bed`."""
-        self._folder, self._broker, self._seed = folder, broker, seed
+    def __init__(self, folder: Path, broker: str | None, seed: int, *, sealed: bool = False) -> None:
+        """Work in `folder`; see `Bed`, and with `sealed` (on a broker of its own) `JoinedBed`."""
+        self._folder, self._broker, self._seed, self._sealed = folder, broker, seed, sealed
         self._bed: Bed | None = None
         self._beds = self._runs = 0
         self.reference: Ending | None = None
@@ -97,7 +100,9 @@ class Matrix:
     def _fresh(self) -> Bed:
         self.close()
         self._beds += 1
-        self._bed = Bed(self._folder / f"bed-{self._beds}", self._broker, self._seed)
+        place = self._folder / f"bed-{self._beds}"
+        joined = self._sealed
+        self._bed = JoinedBed(place, self._seed) if joined else Bed(place, self._broker, self._seed)
         self._bed.start()
         return self._bed
 
@@ -205,12 +210,14 @@ def _report(options: ChaosOptions, console: Console, stack: ExitStack) -> Report
         raise SettingsError("give --kills 0 or more")
     if options.broker is not None:
         broker_table(options.broker)
+        if options.sealed:
+            raise SettingsError("--sealed needs a broker of its own: leave --broker out")
     cases = options.cases()
     kept = options.logs is not None
     folder = options.logs or Path(tempfile.mkdtemp(prefix="hedgerow-chaos-"))
     program = find_broker()
     broker = options.broker or (program.name if program else "none")
-    matrix = Matrix(folder.resolve(), options.broker, options.seed)
+    matrix = Matrix(folder.resolve(), options.broker, options.seed, sealed=options.sealed)
     stack.callback(matrix.close)
     with console.status("two unbroken runs first"):
         matrix.begin()
@@ -230,6 +237,7 @@ def _report(options: ChaosOptions, console: Console, stack: ExitStack) -> Report
     report = Report(
         broker=broker,
         seed=options.seed,
+        sealed=options.sealed,
         reference_s=matrix.reference_s,
         results=tuple(results),
         logs=str(folder),

@@ -69,6 +69,9 @@ class Bed:
     # --- processes -----------------------------------------------------------------------------
 
     def _start_agent(self, name: str) -> None:
+        self._spawn(name, "edge_agent", self._agent_table(name))
+
+    def _agent_table(self, name: str) -> dict[str, Any]:
         index = AGENTS.index(name)
         table: dict[str, Any] = {
             "agent": name,
@@ -90,7 +93,7 @@ class Bed:
             # Every model is taken: what is compared here is who died when, and not which model is better.
             serve = {"enabled": True, "port": self._serving_port, "canary": 0, "rollback": False}
             table["serve"] = serve
-        self._spawn(name, "edge_agent", table)
+        return table
 
     def start_run(self, run: str) -> None:
         """Start a coordinator that ends with the run of that name."""
@@ -98,7 +101,10 @@ class Bed:
         self._start_coordinator()
 
     def _start_coordinator(self) -> None:
-        table: dict[str, Any] = {
+        self._spawn("coordinator", "coordinator", self._coordinator_table())
+
+    def _coordinator_table(self) -> dict[str, Any]:
+        return {
             "federation": self._federation,
             "folder": str(self.store),
             "exit_when_done": True,
@@ -118,9 +124,9 @@ class Bed:
                 "model": {"width": 8, "depth": 2, "heads": 2, "ffl_ratio": 2, "patch": 2},
             },
         }
-        self._spawn("coordinator", "coordinator", table)
 
-    def _spawn(self, name: str, module: str, table: dict[str, Any]) -> None:
+    def _spawn(self, name: str, module: str, table: dict[str, Any]) -> Path:
+        """Start a process with these settings; returns their file."""
         halts = self._halts(name)
         halts.mkdir(parents=True, exist_ok=True)
         config = self.folder / f"{name}.toml"
@@ -128,6 +134,7 @@ class Bed:
         command = [sys.executable, "-m", module, "--config", str(config)]
         environment = dict(os.environ) | {halt.VARIABLE: str(halts)}
         self._children[name] = spawn(name, command, self.folder / f"{name}.log", environment)
+        return config
 
     def kill(self, who: Who) -> bool:
         """End a process as a power cut would; returns whether it was there."""

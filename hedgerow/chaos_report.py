@@ -42,6 +42,8 @@ class Report(Frozen):
 
     broker: str
     seed: int
+    sealed: bool = False
+    """Whether the agents had joined, and every letter had a seal."""
     reference_s: float
     """Seconds of the unbroken run, from the start of its coordinator."""
     results: tuple[Result, ...]

@@ -753,6 +753,76 @@ def model_rollback(
     raise typer.Exit(rollback(folder, reason, as_json=as_json))
 
 
+rollout_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+model_verbs.add_typer(rollout_verbs, name="rollout")
+
+
+@rollout_verbs.callback()
+def _rollout() -> None:
+    """See how far new models are let go, let the next ring go by hand, or stop and roll all back.
+
+    Through the coordinator's API, where `rollout.enabled` is true; what is changed
+    is in `hedgerow coordinator audit` with the token's name.
+    """
+
+
+@rollout_verbs.command("show")
+def model_rollout_show(
+    last: Annotated[int, typer.Option(min=1, max=1000, help="The newest N.")] = 1,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest rollout: its ring, what it waits for, and how every device stands. A viewer may.
+
+    Example: hedgerow model rollout show --coordinator https://laptop.lan:8080 --token-file token
+    """
+    from hedgerow.model_remote import Api
+    from hedgerow.model_rollout import show
+
+    raise typer.Exit(show(Api(coordinator, token_file, cacert), last=last, as_json=as_json))
+
+
+@rollout_verbs.command("go")
+def model_rollout_go(
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the next ring go now, whatever it waits for. Takes an operator.
+
+    Example: hedgerow model rollout go
+    """
+    from hedgerow.model_remote import Api
+    from hedgerow.model_rollout import go
+
+    raise typer.Exit(go(Api(coordinator, token_file, cacert), as_json=as_json))
+
+
+@rollout_verbs.command("stop")
+def model_rollout_stop(
+    reason: Annotated[
+        str, typer.Option(help="Kept in the audit and told to the devices.")
+    ] = "stopped by hand",
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop the rollout under way. Takes an operator.
+
+    Devices that serve its model go back to the one before; those that wait keep theirs.
+
+    Example: hedgerow model rollout stop --reason "the greenhouse is being repainted"
+    """
+    from hedgerow.model_remote import Api
+    from hedgerow.model_rollout import stop
+
+    raise typer.Exit(stop(Api(coordinator, token_file, cacert), reason, as_json=as_json))
+
+
 def _remote(
     what: tuple[Literal["pin", "unpin", "rollback"], list[str] | None, bool],
     coordinator: str,
@@ -821,6 +891,12 @@ def doctor(
             " --chaos starts its own.",
         ),
     ] = None,
+    sealed: Annotated[
+        bool,
+        typer.Option(
+            "--sealed", help="The agents join first; every letter has a seal.", rich_help_panel=CHAOS
+        ),
+    ] = False,
     logs: Annotated[
         Path | None,
         typer.Option(
@@ -846,16 +922,22 @@ def doctor(
 
     hedgerow doctor --chaos --quick
 
+    hedgerow doctor --chaos --quick --sealed
+
     hedgerow doctor --chaos --kills 200 --logs chaos-logs --json
     """
     if chaos:
         from hedgerow.chaos import ChaosOptions
         from hedgerow.chaos import run_command as run_chaos
 
-        options = ChaosOptions(quick=quick, kills=kills, seed=seed, broker=broker, logs=logs, json=as_json)
+        options = ChaosOptions(
+            quick=quick, kills=kills, seed=seed, broker=broker, sealed=sealed, logs=logs, json=as_json
+        )
         raise typer.Exit(run_chaos(options))
-    if quick or kills is not None or logs is not None:
-        raise typer.BadParameter("--quick, --kills and --logs belong to --chaos", param_hint="--chaos")
+    if quick or sealed or kills is not None or logs is not None:
+        raise typer.BadParameter(
+            "--quick, --kills, --sealed and --logs belong to --chaos", param_hint="--chaos"
+        )
     from hedgerow.doctor import run_command as look
 
     raise typer.Exit(look(broker, as_json=as_json))

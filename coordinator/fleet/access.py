@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coordinator.fleet.authority import AUTHORITY
 from coordinator.fleet.brokers.access import COORDINATOR, Access, Account, broker_files, reload, write
+from coordinator.fleet.certificates import REVOKED, Certificates
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.secret import FleetSecret
 from coordinator.settings import CoordinatorSettings
@@ -24,6 +25,7 @@ def access_of(s: CoordinatorSettings, records: FleetRecords, secret: FleetSecret
         coordinator_writes=s.enrolment.coordinator_writes,
         devices_read=s.enrolment.devices_read,
         home_prefix=s.home_assistant.prefix,
+        certificates=s.enrolment.certificates,
     )
 
 
@@ -35,10 +37,23 @@ def tell_broker(s: CoordinatorSettings, records: FleetRecords, secret: FleetSecr
     folder, broker = s.enrolment.files, s.enrolment.broker
     if folder is None or broker == "none":
         return "the settings name no broker's files (enrolment.files): its users are yours to keep"
-    files = broker_files(broker).users(folder, access_of(s, records, secret))
+    files = {**broker_files(broker).users(folder, access_of(s, records, secret)), **revoked(s, records)}
     if not write(folder, files):
         return "nothing has changed for the broker"
     return reload(folder, broker, s.enrolment.reload)
+
+
+def certificates_of(s: CoordinatorSettings) -> Certificates | None:
+    """Return who makes devices' certificates, `None` where they have none."""
+    if not s.enrolment.certificates or s.enrolment.files is None:
+        return None
+    return Certificates(s.enrolment.files, s.folder, days=s.enrolment.certificate_days)
+
+
+def revoked(s: CoordinatorSettings, records: FleetRecords) -> dict[str, str]:
+    """Return the list of certificates that were taken back, as a file; nothing where there are none."""
+    made = certificates_of(s)
+    return {} if made is None else {REVOKED: made.revoked(records.devices())}
 
 
 def authority_of(s: CoordinatorSettings) -> str:

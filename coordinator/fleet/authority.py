@@ -42,18 +42,23 @@ def certified(folder: Path, hosts: Sequence[str], *, now: datetime | None = None
     certificate = _known(folder / SERVER)
     if certificate is None or not _good(certificate, hosts, now) or not (folder / SERVER_KEY).exists():
         certificate = _server(folder, hosts, authority, key, now)
-    der = certificate.public_bytes(_encoding().DER)
+    der = certificate.public_bytes(encoding().DER)
     return Certified(folder / AUTHORITY, folder / SERVER, folder / SERVER_KEY, hashlib.sha256(der).digest())
+
+
+def signer_of(folder: Path, now: datetime) -> tuple[Any, Any]:
+    """Return the authority's certificate and its key, made where there is none."""
+    return _authority(folder, now)
 
 
 def pin_of(folder: Path) -> bytes | None:
     """Return the SHA-256 of the broker's certificate in a folder, `None` where there is none."""
     known = _known(folder / SERVER)
-    return None if known is None else hashlib.sha256(known.public_bytes(_encoding().DER)).digest()
+    return None if known is None else hashlib.sha256(known.public_bytes(encoding().DER)).digest()
 
 
 def _authority(folder: Path, now: datetime) -> tuple[Any, Any]:
-    x509, _, ec, serialization = _modules()
+    x509, _, ec, serialization = modules()
     known = _known(folder / AUTHORITY)
     if known is not None and (folder / AUTHORITY_KEY).exists():
         try:
@@ -68,23 +73,23 @@ def _authority(folder: Path, now: datetime) -> tuple[Any, Any]:
         key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
     )  # fmt: skip
     made = (
-        _begun(name, name, key.public_key(), now, AUTHORITY_DAYS)
+        begun(name, name, key.public_key(), now, AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, _sha256())
+        .sign(key, sha256())
     )
     _write_key(folder / AUTHORITY_KEY, key)
-    write_whole(folder / AUTHORITY, made.public_bytes(_encoding().PEM))
+    write_whole(folder / AUTHORITY, made.public_bytes(encoding().PEM))
     return made, key
 
 
 def _server(folder: Path, hosts: Sequence[str], authority: Any, signer: Any, now: datetime) -> Any:
-    x509, oid, ec, _ = _modules()
+    x509, oid, ec, _ = modules()
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, hosts[0][:64])])
     made = (
-        _begun(name, authority.subject, key.public_key(), now, DAYS)
+        begun(name, authority.subject, key.public_key(), now, DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([oid.SERVER_AUTH]), critical=False)
@@ -92,17 +97,18 @@ def _server(folder: Path, hosts: Sequence[str], authority: Any, signer: Any, now
             x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False
         )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(signer, _sha256())
+        .sign(signer, sha256())
     )
     _write_key(
         folder / SERVER_KEY, key, mode=0o640, group=folder.stat().st_gid
     )  # the broker's group reads it
-    write_whole(folder / SERVER, made.public_bytes(_encoding().PEM))
+    write_whole(folder / SERVER, made.public_bytes(encoding().PEM))
     return made
 
 
-def _begun(name: Any, issuer: Any, public: Any, now: datetime, days: int) -> Any:
-    x509, *_ = _modules()
+def begun(name: Any, issuer: Any, public: Any, now: datetime, days: float) -> Any:
+    """Return the beginning of any certificate, good for `days`."""
+    x509, *_ = modules()
     return (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -115,14 +121,14 @@ def _begun(name: Any, issuer: Any, public: Any, now: datetime, days: int) -> Any
 
 
 def _good(certificate: Any, hosts: Sequence[str], now: datetime) -> bool:
-    x509, *_ = _modules()
+    x509, *_ = modules()
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     enough = certificate.not_valid_after_utc - now > timedelta(days=LEFT_DAYS)
     return enough and set(names) == {_alternative(host) for host in hosts}
 
 
 def _alternative(host: str) -> Any:
-    x509, *_ = _modules()
+    x509, *_ = modules()
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -130,7 +136,7 @@ def _alternative(host: str) -> Any:
 
 
 def _known(path: Path) -> Any:
-    x509, *_ = _modules()
+    x509, *_ = modules()
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except FileNotFoundError:
@@ -140,22 +146,25 @@ def _known(path: Path) -> Any:
 
 
 def _write_key(path: Path, key: Any, *, mode: int = SECRET, group: int | None = None) -> None:
-    _, _, _, serialization = _modules()
-    pem = key.private_bytes(_encoding().PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    _, _, _, serialization = modules()
+    pem = key.private_bytes(encoding().PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_whole(path, pem, mode=mode, group=group)
 
 
-def _encoding() -> Any:
-    return _modules()[3].Encoding
+def encoding() -> Any:
+    """Return how files are written."""
+    return modules()[3].Encoding
 
 
-def _sha256() -> Any:
+def sha256() -> Any:
+    """Return the hash that is signed."""
     from cryptography.hazmat.primitives import hashes
 
     return hashes.SHA256()
 
 
-def _modules() -> tuple[Any, Any, Any, Any]:
+def modules() -> tuple[Any, Any, Any, Any]:
+    """Return x509, names of usages, curves, serialization; `SettingsError` where they are not here."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization

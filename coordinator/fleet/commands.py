@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.fleet.access import access_of, tell_broker
+from coordinator.fleet.access import access_of, revoked, tell_broker
 from coordinator.fleet.authority import certified, pin_of
 from coordinator.fleet.brokers.access import BROKERS, COORDINATOR, Listener, broker_files, give, reload, write
+from coordinator.fleet.certificates import OWN, own
 from coordinator.fleet.records import Device, FleetRecords, person
 from coordinator.fleet.secret import FleetSecret
 from coordinator.fleet.tokens import ApiTokens
@@ -81,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the broker's files alone")
     config.add_argument("--host", action="append", default=[], help="name or address of the broker; several")
     config.add_argument("--port", type=int, help="8883; without TLS 1883")
+    config.add_argument(
+        "--certificates", action="store_true",
+        help="mosquitto: every device gets a client certificate, and is asked for it",
+    )  # fmt: skip
+    config.add_argument("--join-port", type=int, help="with --certificates, for joining alone (--port and 1)")
     config.add_argument("--insecure", action="store_true", help="without TLS: everybody in between can read")
     config.add_argument("--group", help="the broker's group, which reads the files (as root: named as it is)")
     token = _command(
@@ -137,7 +143,8 @@ def _invite(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
     sys.stderr.write(f"good until {_when(made[0].expires)}, each for one device; {done}\n")
     address = s.enrolment.address or s.mqtt.address
     for token in tokens:
-        sys.stdout.write(f"hedgerow agent join {address} --token {token}\n")
+        more = " --certificate" if s.enrolment.certificates else ""
+        sys.stdout.write(f"hedgerow agent join {address} --token {token}{more}\n")
 
 
 def _invites(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
@@ -182,22 +189,27 @@ def _revoke(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
 def _broker_config(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
     folder = arguments.out.resolve()
     port = arguments.port or (1883 if arguments.insecure else 8883)
+    joining = _joining_port(arguments, port)
     folder.mkdir(parents=True, exist_ok=True)
     give(folder, arguments.group or arguments.broker, wanted=arguments.group is not None)
     tls = None if arguments.insecure else certified(folder, arguments.host or [s.mqtt.host])
     secret = FleetSecret.load(s.folder, s.federation)
     enrolment = {**s.enrolment.model_dump(), "enabled": True, "broker": arguments.broker, "files": folder}
+    enrolment |= {"certificates": joining is not None, "port": None if joining is None else port}
     told = s.model_copy(update={"enrolment": type(s.enrolment).model_validate(enrolment)})
     module = broker_files(arguments.broker)
     with _records(told) as records:
         access = access_of(told, records, secret)
+        certificates = {} if joining is None else {**revoked(told, records), OWN: own(folder, COORDINATOR)}
         records.note(person(), "broker-config", arguments.broker, str(folder))
     password = {"coordinator.password": access.coordinator.password + "\n"}
-    files = {**module.config(folder, Listener(port, tls), access), **module.users(folder, access), **password}
+    listener = Listener(port, tls, joining_port=joining)
+    files = {**module.config(folder, listener, access), **module.users(folder, access)}
+    files |= {**password, **certificates}
     changed = write(folder, files)
     done = reload(folder, arguments.broker, s.enrolment.reload) if changed else "nothing has changed"
     host = (arguments.host or [s.mqtt.host])[0]
-    lines = _lines(arguments.broker, folder, host, port, tls=tls is not None)
+    lines = _lines(arguments.broker, folder, host, port, tls=tls is not None, joining=joining)
     if arguments.json:
         _print({"folder": str(folder), "changed": changed, "broker": done, "coordinator_toml": lines})
         return
@@ -208,15 +220,33 @@ def _broker_config(arguments: argparse.Namespace, s: CoordinatorSettings) -> Non
     sys.stdout.write(lines)
 
 
-def _lines(broker: str, folder: Path, host: str, port: int, *, tls: bool) -> str:
+def _joining_port(arguments: argparse.Namespace, port: int) -> int | None:
+    """Return where devices join without a certificate, `None` where nobody has one."""
+    if not arguments.certificates:
+        if arguments.join_port is not None:
+            raise SettingsError("--join-port means nothing without --certificates")
+        return None
+    if arguments.insecure or arguments.broker != "mosquitto":
+        raise SettingsError("--certificates is for mosquitto, with TLS: the others have no files for it here")
+    joining: int = arguments.join_port or port + 1
+    if joining == port:
+        raise SettingsError("--join-port is another than --port: who joins has no certificate yet")
+    return joining
+
+
+def _lines(broker: str, folder: Path, host: str, port: int, *, tls: bool, joining: int | None = None) -> str:
     q = json.dumps
     lines = ["[mqtt]", f"host = {q(host)}", f"port = {port}", f"username = {q(COORDINATOR)}"]
     lines.append(f"password_file = {q(str(folder / 'coordinator.password'))}")
     if tls:
         lines += ["tls = true", f"ca_file = {q(str(folder / 'authority.pem'))}"]
+    if joining is not None:
+        lines.append(f"cert_file = {q(str(folder / OWN))}")
     lines += ["", "[enrolment]", "enabled = true", f"broker = {q(broker)}", f"files = {q(str(folder))}"]
     scheme = "mqtts" if tls else "mqtt"
-    lines.append(f"address = {q(f'{scheme}://{host}:{port}')}")
+    lines.append(f"address = {q(f'{scheme}://{host}:{joining or port}')}")
+    if joining is not None:
+        lines += ["certificates = true", f"port = {port}"]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from coordinator.fleet.access import authority_of, tell_broker
+from coordinator.fleet.access import authority_of, certificates_of, tell_broker
 from coordinator.fleet.brokers.access import write
 from coordinator.fleet.gate import Gate
 from coordinator.fleet.keyring import LOOK_S, FleetKeyring
@@ -95,6 +95,8 @@ def with_fleet(s: CoordinatorSettings, transport: Transport, store: Store, live:
         joined=keyring.look_again,
         emit=lambda kind, text, agent: live.emit(kind, text, agent=agent or None),
         opener=opener,
+        certificates=certificates_of(s),
+        port=s.enrolment.port,
     )
     with suppress(SettingsError):  # said as an event; devices that the broker knows already can go on
         _told_broker(s, records, secret, live)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -20,6 +20,7 @@ from coordinator.live import AgentStatus, Live, Status
 from coordinator.store.quarantine import Case
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
+from coordinator.web.described import PROBLEM
 from coordinator.web.models import (
     AgentView,
     Control,
@@ -42,7 +43,6 @@ from foundation.errors import HedgerowError, RoundError, SettingsError, StoreErr
 logger = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
-PROBLEM = "application/problem+json"
 STATUS_OF: tuple[tuple[type[HedgerowError], HTTPStatus], ...] = (
     (SettingsError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (RoundError, HTTPStatus.CONFLICT),
@@ -50,21 +50,17 @@ STATUS_OF: tuple[tuple[type[HedgerowError], HTTPStatus], ...] = (
     (StoreError, HTTPStatus.INTERNAL_SERVER_ERROR),
 )
 
+LARGEST = 2**53 - 1
+"""Of a number in an address: what JavaScript and the database can still count."""
+Offset = Annotated[int, Query(ge=0, le=LARGEST)]
+RoundNumber = Annotated[int, Path(ge=0, le=LARGEST)]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most items to return.")]
 After = Annotated[str | None, Query(max_length=200, description="`next` of the page before.")]
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of these errors."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        code: {
-            "model": Problem,
-            "description": HTTPStatus(code).phrase,
-            "content": {PROBLEM: {"schema": schema}},
-        }
-        for code in codes
-    }
+    """Return which errors a route answers, for OpenAPI; `described` adds what they look like."""
+    return {code: {"description": HTTPStatus(code).phrase} for code in codes}
 
 
 def routes(store: Store, live: Live, control: Control, clock: Callable[[], float]) -> APIRouter:
@@ -88,7 +84,7 @@ def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
     # Async, as the live picture belongs to the event loop; what reads the store goes to a thread.
     @router.get(PREFIX + "/status", tags=["live"])
     async def status(
-        since: Annotated[int, Query(description="Only agents changed after this version.")] = -1,
+        since: Annotated[int, Query(le=LARGEST, description="Only agents changed after this version.")] = -1,
     ) -> Status:
         """Return the whole picture: run, round, phase, time left, and every agent as last heard."""
         return live.snapshot(since)
@@ -131,7 +127,7 @@ def _add_runs(router: APIRouter, store: Store) -> None:
         return RunView.of(_known(store, run))
 
     @router.get(PREFIX + "/runs/{run}/rounds", tags=["runs"], responses=problems(404, 422))
-    def rounds(run: str, limit: Limit = 200, after: Annotated[int, Query(ge=0)] = 0) -> Page[RoundView]:
+    def rounds(run: str, limit: Limit = 200, after: Offset = 0) -> Page[RoundView]:
         """Return the rounds of a run, with accuracy, joules and bytes over their updates."""
         _known(store, run)
         records = store.rounds(run, after=after, limit=limit + 1)
@@ -154,7 +150,7 @@ def _add_runs(router: APIRouter, store: Store) -> None:
         return energy_report(read(store, run), accuracy=accuracy, other=other, radio_km=radio_km)
 
     @router.get(PREFIX + "/runs/{run}/rounds/{n}/updates", tags=["runs"], responses=problems(404, 422))
-    def round_updates(run: str, n: int) -> list[UpdateView]:
+    def round_updates(run: str, n: RoundNumber) -> list[UpdateView]:
         """Return the updates of one round, by agent."""
         _known(store, run)
         if store.round_record(run, n) is None:
@@ -171,17 +167,13 @@ def _add_runs(router: APIRouter, store: Store) -> None:
 
 def _add_lists(router: APIRouter, store: Store) -> None:
     @router.get(PREFIX + "/artifacts", tags=["artifacts"], responses=problems(422))
-    def artifacts(
-        run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
-    ) -> Page[Manifest]:
+    def artifacts(run: str | None = None, limit: Limit = 100, after: Offset = 0) -> Page[Manifest]:
         """Return what agents said about the models they serve, newest first."""
         found = store.artifacts(run, after=after, limit=limit + 1)
         return Page[Manifest](items=found[:limit], next=str(after + limit) if len(found) > limit else None)
 
     @router.get(PREFIX + "/refusals", tags=["runs"], responses=problems(422))
-    def refusals(
-        run: str | None = None, limit: Limit = 100, after: Annotated[int, Query(ge=0)] = 0
-    ) -> Page[RefusalView]:
+    def refusals(run: str | None = None, limit: Limit = 100, after: Offset = 0) -> Page[RefusalView]:
         """Return refusals, oldest first."""
         found = [RefusalView.of(r) for r in store.refusals(run, after_id=after, limit=limit + 1)]
         return page(found, limit, lambda refusal: str(refusal.id))
@@ -240,7 +232,7 @@ def _key(after: str | None) -> tuple[int, str] | None:
     if after is None:
         return None
     round, slash, agent = after.partition("/")
-    if not slash or not round.isdecimal():
+    if not slash or not round.isdecimal() or int(round) > LARGEST:
         raise HTTPException(400, f"after={after!r} is not written round/agent")
     return int(round), agent
 

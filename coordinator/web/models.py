@@ -29,7 +29,7 @@ from foundation.errors import SettingsError
 from foundation.frozen import Frozen
 from foundation.messages import AgentCard, DeviceState, Json
 from foundation.spec import ModelSettings
-from foundation.topics import checked_name
+from foundation.topics import NAME, checked_name
 from foundation.work import Encoding
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class StartRun(Body):
         }
     )
 
-    name: str = ""
+    name: str = Field("", json_schema_extra={"pattern": rf"^({NAME.pattern})?$"})
     """Of the run; made from the strategy and the time when it is empty."""
     strategy: str | None = Field(None, min_length=1, max_length=64)
     settings: Json | None = None

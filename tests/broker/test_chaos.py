@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from edge_agent.enrolment import ENROLMENT
 from foundation.errors import HedgerowError
 from hedgerow.broker import find_broker
 from hedgerow.chaos import Matrix
-from hedgerow.chaos_bed import VICTIM
+from hedgerow.chaos_bed import AGENTS, VICTIM
 from hedgerow.chaos_check import ending
 from hedgerow.chaos_plan import Case, plan
 from tests.broker.conftest import LONG
@@ -40,6 +41,18 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         whole.close()
 
 
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    require_service(find_broker() is not None, "MQTT broker")
+    whole = Matrix(tmp_path_factory.mktemp("chaos-sealed"), None, seed=0, sealed=True)
+    try:
+        whole.begin(twice=False)
+        assert all((whole.bed.vault(name) / ENROLMENT).exists() for name in AGENTS)
+        yield whole
+    finally:
+        whole.close()
+
+
 @pytest.mark.parametrize(
     "case", [*SAMPLE, *(pytest.param(case, marks=LONG) for case in ALL if case not in SAMPLE)], ids=str
 )
@@ -47,6 +60,13 @@ def test_what_is_killed_comes_back_to_the_same_end(matrix: Matrix, case: Case) -
     result = matrix.result(case)
     assert result.verdict == "same", result
     assert result.hit or case.instant is not None
+
+
+@LONG
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_the_same_with_seals(joined: Matrix, case: Case) -> None:
+    result = joined.result(case)
+    assert result.verdict == "same", result
 
 
 def test_what_was_lost_is_named(matrix: Matrix) -> None:

@@ -82,14 +82,17 @@ class Place:
         return token
 
     def join(self, name: str, token: str, code: int = 0) -> str:
+        return self.said(*self.joins(name, token)[2:], code=code)
+
+    def joins(self, name: str, token: str) -> list[str]:
+        """Write a device's data; returns the command by which it joins."""
         data = toy_data(int(name[-1]), examples=96)
         np.savez(self.folder / f"{name}.npz", x=data.train.x, y=data.train.y)
-        return self.said(
-            "edge_agent", "join", f"mqtts://localhost:{self.port}", "--token", token, "--name", name,
-            "--vault", f"vault-{name}", "--config", f"{name}.toml", "--data", "kind=npz",
+        return [
+            sys.executable, "-m", "edge_agent", "join", f"mqtts://localhost:{self.port}", "--token", token,
+            "--name", name, "--vault", f"vault-{name}", "--config", f"{name}.toml", "--data", "kind=npz",
             "--data", f"path={self.folder / name}.npz", "--data", f"labels={json.dumps(LABELS)}",
-            code=code,
-        )  # fmt: skip
+        ]  # fmt: skip
 
     def mqtt(self, user: str, password: str) -> MqttSettings:
         return MqttSettings(

@@ -47,6 +47,8 @@ class Access:
     devices_read: Sequence[str] = ()
     """More patterns that every device reads, such as those of its sensors."""
     home_prefix: str = "homeassistant"
+    certificates: bool = False
+    """Whether all but users of invitations show a client certificate."""
 
     @property
     def topics(self) -> Topics:
@@ -66,6 +68,8 @@ class Listener:
     tls: Certified | None
     host: str = ""
     """The address to bind; empty means all."""
+    joining_port: int | None = None
+    """Where devices without a certificate join; all others show one then."""
 
 
 class BrokerFiles(Protocol):

@@ -1,7 +1,9 @@
 """Eclipse Mosquitto 2: a configuration, an access list, a password file that SIGHUP makes it read again.
 
 A device's client id becomes its user name, so nobody with a password of his own can take over another
-device's session. Who is no longer in the password file is cut off when the file is read again.
+device's session. Who is no longer in the password file is cut off when the file is read again. With client
+certificates there is a second listener that only users of invitations get into; `use_identity_as_username`
+is not used, as Mosquitto then cuts nobody off who is taken out of the password file.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coordinator.fleet.brokers.access import Access, Account, Listener
+from coordinator.fleet.certificates import REVOKED
 from foundation.topics import READ_BY_AGENTS, WRITTEN_BY_AGENTS
 
 PID_FILE = "mosquitto.pid"
@@ -26,23 +29,23 @@ def config(folder: Path, listener: Listener, access: Access) -> Mapping[str, str
 
 
 def users(folder: Path, access: Access) -> Mapping[str, str]:
-    """Return `passwords`; lines of users that are none of ours stay."""
-    ours = [access.coordinator, *access.devices, *access.joining]
-    lines = [_line(account) for account in ours]
+    """Return `passwords` and `joining`; lines of users that are none of ours stay."""
+    lines = [_line(account) for account in (access.coordinator, *access.devices)]
+    joining = [_line(account) for account in access.joining]
     own = _own(folder / "passwords", "# Users of your own go below this line; they stay.")
-    return {"passwords": "\n".join([*lines, *own]) + "\n"}
+    if access.certificates:
+        return {
+            "passwords": "\n".join([*lines, *own]) + "\n",
+            "joining": "\n".join(["# Users of open invitations.", *joining]) + "\n",
+        }
+    return {"passwords": "\n".join([*lines, *joining, *own]) + "\n"}
 
 
 def _conf(folder: Path, listener: Listener) -> str:
     lines = [
         "# Written by `hedgerow coordinator broker-config mosquitto`. Start it with:",
         f"# mosquitto -c {folder}/mosquitto.conf",
-        f"listener {listener.port} {listener.host}".rstrip(),
-        *_tls(listener),
-        "allow_anonymous false",
-        f"password_file {folder}/passwords",
-        f"acl_file {folder}/acl",
-        "use_username_as_clientid true",
+        *_listeners(folder, listener),
         f"pid_file {folder}/{PID_FILE}",
         "set_tcp_nodelay true",
         "persistence true",
@@ -57,6 +60,30 @@ def _conf(folder: Path, listener: Listener) -> str:
         "log_type notice",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _listeners(folder: Path, listener: Listener) -> list[str]:
+    """Return the one listener, or with certificates two: who joins has none yet."""
+
+    def one(port: int, passwords: str, *more: str) -> list[str]:
+        return [
+            f"listener {port} {listener.host}".rstrip(),
+            *_tls(listener),
+            *more,
+            "allow_anonymous false",
+            f"password_file {folder}/{passwords}",
+            f"acl_file {folder}/acl",
+            "use_username_as_clientid true",
+        ]
+
+    if listener.joining_port is None:
+        return one(listener.port, "passwords")
+    asked = ("require_certificate true", f"crlfile {folder}/{REVOKED}")
+    return [
+        "per_listener_settings true",
+        *one(listener.port, "passwords", *asked),
+        *one(listener.joining_port, "joining"),
+    ]
 
 
 def _tls(listener: Listener) -> list[str]:

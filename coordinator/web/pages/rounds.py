@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import HTMLResponse
 
 from coordinator.store.sql import Store
+from coordinator.web.api import RoundNumber
 from coordinator.web.models import RefusalView, RoundView, UpdateView
 from coordinator.web.pages.shell import Shell
 from foundation.messages import Json
@@ -22,12 +23,12 @@ def routes(shell: Shell) -> APIRouter:
         return shell.render(template, **told)
 
     @router.get("/runs/{run}/rounds/{round}")
-    async def page(run: str, round: int) -> HTMLResponse:
+    async def page(run: str, round: RoundNumber) -> HTMLResponse:
         """The whole page."""
         return await render("round.html", run, round)
 
     @router.get("/parts/runs/{run}/rounds/{round}")
-    async def part(run: str, round: int) -> HTMLResponse:
+    async def part(run: str, round: RoundNumber) -> HTMLResponse:
         """What changes of it while the round is open."""
         return await render("round_told.html", run, round)
 
