@@ -8,9 +8,12 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 from edge_agent.agent import OFFLINE, Agent, Recorder
 from edge_agent.calibration.use import calibrated, logged, place_beside
@@ -113,16 +116,36 @@ async def _run(s: AgentSettings) -> None:
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=_recorder(s),
         )
-        keeping = asyncio.ensure_future(seals.run()) if seals else None
-        task = asyncio.ensure_future(agent.run())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        await asyncio.wait([task])
-        if keeping is not None:
-            keeping.cancel()
-            await asyncio.wait([keeping])
-        if not task.cancelled():
-            task.result()
+        async with _metrics(s, agent):
+            await _until_stopped(agent, seals)
+
+
+async def _until_stopped(agent: Agent, seals: Seals | None) -> None:
+    keeping = asyncio.ensure_future(seals.run()) if seals else None
+    task = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await asyncio.wait([task])
+    if keeping is not None:
+        keeping.cancel()
+        await asyncio.wait([keeping])
+    if not task.cancelled():
+        task.result()
+
+
+@asynccontextmanager
+async def _metrics(s: AgentSettings, agent: Agent) -> AsyncIterator[None]:
+    """Answer for metrics while this is open, where a port is set."""
+    if s.metrics.port is None:
+        yield
+        return
+    from edge_agent.metrics import families  # most agents have no such port
+    from edge_agent.metrics_port import metrics_on
+    from foundation.prometheus import render
+
+    process = psutil.Process()
+    async with metrics_on(s.metrics.port, lambda: render(families(agent, process))):
+        yield
 
 
 def _recorder(s: AgentSettings) -> Recorder | None:

@@ -65,6 +65,7 @@ LONGEST = {
     "fleet": 160,
     "rollout": 120,
     "brokers": 90,
+    "monitoring": 130,
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
