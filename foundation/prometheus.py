@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias
 
 import psutil
@@ -19,6 +20,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels: TypeAlias = Mapping[str, object]
 Value: TypeAlias = tuple[Labels, float | None]
 
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 
 
@@ -91,6 +93,7 @@ def _lines(family: Family) -> Iterator[str]:
         yield f"{family.name}{sample.suffix}{braces} {_number(sample.value)}"
 
 
+@cache
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot be the name of a label")
@@ -104,7 +107,7 @@ def _number(value: float) -> str:
 
 
 def _escaped(text: object) -> str:
-    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return str(text).translate(_ESCAPES)
 
 
 def _in_help(text: str) -> str:

@@ -6,13 +6,14 @@ import math
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foundation.prometheus import Family, Sample, counter, gauge, process_families, render
 from tests.exposition import follows_the_conventions, read
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.sampled_from(["device", "kind", "stage"]), st.text(max_size=20)),
     st.floats(allow_nan=False, allow_infinity=False),
