@@ -215,3 +215,15 @@ def test_the_default_settings_load_also_with_every_line_of_theirs(
     given = {key: value for key, value in lines if key.startswith(f"{kind}__")}
     assert given
     settings.load(model, tmp_path / "it.toml", given, prefix=kind)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("HEDGEROW_LONG"),
+    reason="some minutes: HEDGEROW_LONG=1 follows the page in a fresh clone",
+)
+@pytest.mark.timeout(1_800)
+def test_the_quickstart_works_word_by_word() -> None:
+    venv = Path(sys.executable).parents[1]
+    program = [sys.executable, ROOT / "bench" / "quickstart.py", "--venv", venv]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
