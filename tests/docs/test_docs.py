@@ -298,7 +298,7 @@ def test_yaml_is_read(block: Block) -> None:
     assert yaml.safe_load(block.text)
 
 
-LANGUAGES = {"", "sh", "toml", "python", "json", "yaml", "ini", "text", "map", "acl"}
+LANGUAGES = {"", "conf", "sh", "toml", "python", "json", "yaml", "ini", "text", "map", "acl"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
