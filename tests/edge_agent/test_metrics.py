@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -12,7 +15,7 @@ import pytest
 from edge_agent.metrics_port import AT_ONCE, HEAD_BYTES, metrics_on
 from foundation.energy import Stage
 from foundation.errors import SettingsError
-from tests.exposition import follows_the_conventions
+from tests.exposition import follows_the_conventions, read
 from tests.metrics_told import told_by
 
 pytestmark = pytest.mark.anyio
@@ -92,3 +95,28 @@ async def test_those_who_say_nothing_do_not_grow_without_end() -> None:
                 one.close()
             while not (await said(port, ask)).startswith(b"HTTP/1.1 200"):
                 pass
+
+
+def test_an_agents_process_answers_while_its_broker_is_away(tmp_path: Path) -> None:
+    (tmp_path / "agent.toml").write_text(
+        f'vault = "{tmp_path}/vault"\nagent = "d0"\nprofile = "raspberry-pi-4b"\n'
+        'data = { kind = "builtin" }\n'
+        "metrics = { port = 0 }\n[mqtt]\nport = 1\n"
+    )
+    command = [sys.executable, "-m", "edge_agent", "--config", str(tmp_path / "agent.toml")]
+    command += ["--set", "mqtt.connect_timeout_s=none"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            (address,) = next(
+                found
+                for line in process.stderr
+                if (found := re.findall(r"http://127\.0\.0\.1:\d+/metrics", line))
+            )
+            found = read(httpx.get(address).text)
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    follows_the_conventions(found)
+    assert found["hedgerow_agent_info"].value(agent="d0", profile="raspberry-pi-4b") == 1
+    assert found["hedgerow_agent_power_watts"].kind == "gauge"
