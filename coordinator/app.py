@@ -17,7 +17,7 @@ from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
-from coordinator.web import api, described, rollout, stream
+from coordinator.web import api, described, metrics, rollout, stream
 from coordinator.web.door import Door
 from coordinator.web.models import Control
 from coordinator.web.pages import site
@@ -69,6 +69,7 @@ def create_app(
     if models is not None:
         app.include_router(rollout.routes(store, models))
     app.include_router(stream.routes(live, status_every_s=status_every_s))
+    app.include_router(metrics.routes(store, live))
     app.include_router(site.routes(store, live, clock))
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     described.describe(app)

@@ -8,9 +8,13 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from edge_agent.agent import OFFLINE, Agent, Recorder
 from edge_agent.calibration.use import calibrated, logged, place_beside
@@ -114,20 +118,43 @@ async def _run(s: AgentSettings) -> None:
             int8=s.export.int8 if s.export.int8 != "auto" or profile.agent.int8 else "off",
             recorder=_recorder(s),
         )
-        lives = (
-            [seals.run(), Renewal(s.vault, s.agent, Topics(s.federation), transport).run()] if seals else []
-        )
-        beside = [asyncio.ensure_future(life) for life in lives]
-        task = asyncio.ensure_future(agent.run())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        await asyncio.wait([task])
-        for life in beside:
-            life.cancel()
-        if beside:
-            await asyncio.wait(beside)
-        if not task.cancelled():
-            task.result()
+        async with _metrics(s, agent):
+            lives = (
+                [seals.run(), Renewal(s.vault, s.agent, Topics(s.federation), transport).run()]
+                if seals
+                else []
+            )
+            await _until_stopped(agent, lives)
+
+
+async def _until_stopped(agent: Agent, lives: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run the agent until it ends or is told to, and `lives` beside it."""
+    beside = [asyncio.ensure_future(life) for life in lives]
+    task = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await asyncio.wait([task])
+    for life in beside:
+        life.cancel()
+    if beside:
+        await asyncio.wait(beside)
+    if not task.cancelled():
+        task.result()
+
+
+@asynccontextmanager
+async def _metrics(s: AgentSettings, agent: Agent) -> AsyncIterator[None]:
+    """Answer for metrics while this is open, where a port is set."""
+    if s.metrics.port is None:
+        yield
+        return
+    from edge_agent.metrics import families  # most agents have no such port
+    from edge_agent.metrics_port import metrics_on
+    from foundation.prometheus import render
+
+    process = psutil.Process()
+    async with metrics_on(s.metrics.port, lambda: render(families(agent, process))):
+        yield
 
 
 def _recorder(s: AgentSettings) -> Recorder | None:

@@ -16,10 +16,10 @@ NAME = "hedgerow-agent.service"
 COMMAND_S = 60.0
 
 
-def unit(config: Path, vault: Path, *, user: str) -> str:
-    """Return the unit's text."""
+def unit(config: Path, vault: Path, *, user: str, python: str = sys.executable) -> str:
+    """Return the unit's text; `python` is the interpreter that runs the agent."""
     text = files("edge_agent").joinpath("systemd", NAME).read_text("utf-8")
-    names = {"PYTHON": sys.executable, "CONFIG": config.resolve(), "VAULT": vault.resolve(), "USER": user}
+    names = {"PYTHON": python, "CONFIG": config.resolve(), "VAULT": vault.resolve(), "USER": user}
     for name, value in names.items():
         if any(c in str(value) for c in '"\n%\\'):
             raise SettingsError(f"{value} cannot stand in a unit file: choose a path without quotes, %, \\")

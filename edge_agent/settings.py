@@ -120,6 +120,13 @@ class EnergySettings(Frozen):
     """A file of `hedgerow agent calibrate`; not set: `calibration/<agent>.toml` beside the vault, if any."""
 
 
+class MetricsSettings(Frozen):
+    """Figures of this agent for a Prometheus on the device, on loopback."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """Where `/metrics` is answered; 0 lets the system choose, and the log says which. Not set: nowhere."""
+
+
 class LimitSettings(Frozen):
     """When this device works at all: its owner's word, whatever a coordinator asks."""
 
@@ -192,3 +199,4 @@ class AgentSettings(Frozen):
     energy: EnergySettings = EnergySettings()
     limits: LimitSettings = LimitSettings()
     privacy: PrivacySettings = PrivacySettings()
+    metrics: MetricsSettings = MetricsSettings()

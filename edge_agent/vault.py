@@ -279,6 +279,10 @@ class Vault:
                 result.append(Outgoing(run, int(number), frame))
         return result
 
+    def unconfirmed(self) -> int:
+        """Return how many updates are in the outbox, without reading them."""
+        return len(self._outbox_files())
+
     def _outbox_files(self) -> list[Path]:
         return sorted(
             (self.folder / "outbox").glob("*~*.frame"), key=lambda p: (p.stat().st_mtime_ns, p.name)

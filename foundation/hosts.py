@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
@@ -13,3 +14,12 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def names_loopback(header: bytes) -> bool:
+    """Whether a `Host` is a name of loopback: a foreign page can give this machine a name of its own."""
+    try:
+        name = urlsplit(f"//{header.decode('ascii')}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

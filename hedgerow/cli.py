@@ -870,6 +870,62 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
+def wheelhouse(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="An empty or new folder.")],
+    platform: Annotated[str, typer.Option(help="The board's processor: aarch64 or x86_64.")] = "aarch64",
+    python: Annotated[str, typer.Option(help="Its Python: 3.11, 3.12 and so on.")] = "3.11",
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(help="What it does: train, serve, join, coordinator ... Several may be given."),
+    ] = None,
+    glibc: Annotated[
+        str, typer.Option(help="Its C library (ldd --version): Debian 12 has 2.36, Ubuntu 20.04 2.31.")
+    ] = "2.31",
+    wheel: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hedgerow's own wheel; else the checkout's is built.")
+    ] = None,
+    constraints: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Versions to take; else the checkout's, if it is one.")
+    ] = None,
+    index_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another index, such as torch's own for CPU wheels.")
+    ] = None,
+    extra_index_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="One more index, beside the usual one.")
+    ] = None,
+    find_links: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="A folder of wheels that are here already.")
+    ] = None,
+    no_index: Annotated[bool, typer.Option("--no-index", help="Ask no index, --find-links alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was fetched as JSON.")] = False,
+) -> None:
+    """Fetch every wheel that a board without internet needs, with a script that installs them there.
+
+    Runs where there is internet; nothing is built or run for the board. Says
+    what has no wheel for it. The folder holds the wheels, constraints.txt,
+    SHA256SUMS and install.sh.
+
+    Examples:
+
+    hedgerow wheelhouse --platform aarch64 --python 3.11 --extra train --extra serve -o wheels
+
+    sh wheels/install.sh /opt/hedgerow
+    """
+    from hedgerow.wheelhouse import Target, run_command
+
+    index = ["--no-index"] * no_index
+    for option, value in (("--index-url", index_url), ("--extra-index-url", extra_index_url)):
+        index += [option, value] if value else []
+    for folder in find_links or []:
+        index += ["--find-links", str(folder)]
+    target = Target(platform, python, glibc)
+    code = run_command(
+        target, extra or [], out, wheel=wheel, constraints=constraints, index=index, as_json=as_json
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     chaos: Annotated[
         bool, typer.Option("--chaos", help="Kill processes, and look what comes of it.")

@@ -12,11 +12,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from edge_agent.energy.board import Board
 from edge_agent.energy.container import busy_is_hidden, in_container
@@ -31,6 +31,9 @@ from foundation.errors import SettingsError
 from foundation.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
+
+Places: TypeAlias = Mapping[tuple[Stage, Scope], EnergyReading]
+"""Readings by stage and by where the meter sat."""
 
 _GAP_PERIODS = 5
 """Samples further apart than this many periods do not say what happened between them."""
@@ -109,6 +112,7 @@ class Meter:
         self._looked_s = 0.0
         self._pending = _Pending()
         self._taken_j: float | None = 0.0
+        self._taken: Places = {}
         self._lock = threading.RLock()
         self._threaded = threaded
         self._thread: threading.Thread | None = None
@@ -231,6 +235,7 @@ class Meter:
         with self._lock:
             ledger = self.peek()
             self._taken_j = _plus(self._taken_j, ledger)
+            self._taken = _added(self._taken, ledger)
             self.taken = self._timeline.take()
             self._seconds.clear()
             self._flags.clear()
@@ -261,6 +266,11 @@ class Meter:
         with self._lock:
             self._edge()
             return {stage: self._reading(stage, s) for stage, s in self._seconds.items() if s > 0}
+
+    def since_start(self) -> Places:
+        """Return readings over all windows, by stage and scope; an unknown part makes its sum unknown."""
+        with self._lock:
+            return _added(self._taken, self.peek())
 
     def watts(self) -> float | None:
         """Return the present power, a mean over about a second; `None` when nobody knows."""
@@ -490,6 +500,15 @@ def _kind(kind: Kind, coverage: float) -> Kind:
     if coverage == 1 or kind is Kind.MODELLED:
         return kind
     return Kind.MIXED if coverage >= 0.5 else Kind.MODELLED
+
+
+def _added(places: Places, ledger: Ledger) -> Places:
+    """Return a window's readings added to those before it, where the meter sat at the same place."""
+    result = dict(places)
+    for stage, reading in ledger.items():
+        key = stage, reading.scope
+        result[key] = result[key] + reading if key in result else reading
+    return result
 
 
 def _plus(joules: float | None, ledger: Ledger) -> float | None:

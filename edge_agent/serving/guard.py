@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from edge_agent.serving.answers import Refused
 from foundation.errors import SettingsError
+from foundation.hosts import names_loopback
 
 SHORTEST_KEY, LONGEST_KEY = 16, 512
 ADMIN = "/admin/"
@@ -40,7 +39,7 @@ class Guard:
 
     def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Let a request through, or raise `Refused`: 401 without the key, 403 for a foreign page or name."""
-        if self._loopback and not _names_loopback(headers.get(b"host", b"")):
+        if self._loopback and not names_loopback(headers.get(b"host", b"")):
             # A foreign page can give this machine a name of its own, and would then be of the same origin.
             raise Refused(403, "this server answers on loopback only: call it 127.0.0.1 or localhost")
         if path in OPEN:
@@ -89,14 +88,6 @@ def read_key(path: Path) -> str:
 def _digest(key: bytes) -> bytes:
     """Return 32 bytes, so that comparing tells nothing of a key's length either."""
     return hashlib.sha256(key).digest()
-
-
-def _names_loopback(host: bytes) -> bool:
-    try:
-        name = urlsplit(f"//{host.decode('ascii')}").hostname or ""
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _foreign(headers: dict[bytes, bytes]) -> bool:

@@ -28,6 +28,7 @@ from edge_agent.serving.runner import MOST_IN_FLIGHT, Runner
 from export.proof import LARGEST_BATCH
 from foundation.artifact import Manifest
 from foundation.parameters import Array
+from foundation.prometheus import CONTENT_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ class Application:
 
     async def _counters(self, _: Ask) -> Answer:
         text = self.metrics.text(self._predictor.handle, self._runner.in_flight, loaded=self._loaded)
-        return Answer(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return Answer(text.encode(), CONTENT_TYPE)
 
     async def _manifest(self, _: Ask) -> Answer:
         """Tell all that the artifact says about itself, in the types that it has."""

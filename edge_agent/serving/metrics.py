@@ -10,12 +10,11 @@ from collections.abc import Iterator
 import psutil
 
 from edge_agent.serving.predictor import Handle
+from foundation.prometheus import Family, Sample, Value, counter, gauge, process_families, render
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 VERSIONS_KEPT = 4
 """Rounds whose statistics are kept: the one that answers, and some before it."""
-
-Line = tuple[str, float]
 
 
 class Histogram:
@@ -30,14 +29,14 @@ class Histogram:
         self._counts[bisect_left(BUCKETS_S, seconds)] += 1
         self.sum_s += seconds
 
-    def lines(self, name: str) -> Iterator[Line]:
+    def samples(self) -> Iterator[Sample]:
         """Yield the samples of Prometheus' histogram: buckets that add up, sum, count."""
         below = 0
         for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), self._counts, strict=True):
             below += count
-            yield f'{name}_bucket{{le="{bound}"}}', below
-        yield f"{name}_sum", self.sum_s
-        yield f"{name}_count", below
+            yield Sample({"le": bound}, below, "_bucket")
+        yield Sample({}, self.sum_s, "_sum")
+        yield Sample({}, below, "_count")
 
 
 class Statistics:
@@ -120,51 +119,33 @@ class Metrics:
 
     def text(self, handle: Handle, in_flight: int, *, loaded: bool = True) -> str:
         """Return all counters, and which model serves."""
-        out: list[str] = []
-        for name, kind, told, lines in self._families(handle, in_flight, loaded):
-            out += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
-            out += [f"{sample} {_number(value)}" for sample, value in lines]
-        return "\n".join(out) + "\n"
+        return render(self._families(handle, in_flight, loaded))
 
-    def _families(
-        self, handle: Handle, in_flight: int, loaded: bool
-    ) -> Iterator[tuple[str, str, str, list[Line]]]:
-        m = handle.manifest
-        name = "hedgerow_requests_total"
-        codes = [(f'{name}{{code="{code}"}}', float(n)) for code, n in sorted(self.requests.items())]
-        yield name, "counter", "Answers by HTTP status.", codes
+    def _families(self, handle: Handle, in_flight: int, loaded: bool) -> Iterator[Family]:
+        codes: list[Value] = [({"code": code}, n) for code, n in sorted(self.requests.items())]
+        yield counter("hedgerow_requests_total", "Answers by HTTP status.", codes)
         for name, told, histogram in (
             ("hedgerow_inference_seconds", "Time of one run of the model.", self.inference),
             ("hedgerow_request_seconds", "Time of one inference request, without the network.", self.total),
         ):
-            yield name, "histogram", told, list(histogram.lines(name))
+            yield Family(name, "histogram", told, tuple(histogram.samples()))
         for name, told, value in (
             ("hedgerow_samples_total", "Samples that the model was run on.", self.samples),
             ("hedgerow_batched_requests_total", "Requests that shared a run.", self.batched_requests),
             ("hedgerow_swaps_total", "Other models that took over.", self.swaps),
             ("hedgerow_rollbacks_total", "New models that went again.", self.rollbacks),
             ("hedgerow_refused_artifacts_total", "Newer artifacts not taken.", self.refused_artifacts),
-            ("process_cpu_seconds_total", "CPU time of this process.", sum(self._process.cpu_times()[:2])),
         ):
-            yield name, "counter", told, [(name, value)]
+            yield counter(name, told, [({}, value)])
+        m = handle.manifest
         info = {"agent": m.agent, "run": m.run, "version": handle.version, "sha256": m.sha256}
-        labels = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**info, "round": m.round}.items())
-        name = "hedgerow_model_info"
-        yield name, "gauge", "Which model answers.", [(f"{name}{{{labels}}}", float(loaded))]
+        which: Value = ({**info, "round": m.round}, float(loaded))
+        yield gauge("hedgerow_model_info", "Which model answers.", [which])
         for name, told, known in (
             ("hedgerow_in_flight", "Inference requests being answered.", in_flight),
             ("hedgerow_load_seconds", "Loading and proving the model.", self.load_s),
             ("hedgerow_model_parity", "Largest difference from the trained model.", handle.parity.difference),
-            ("process_resident_memory_bytes", "Memory of this process.", self._process.memory_info().rss),
-            ("process_start_time_seconds", "When it started.", self._process.create_time()),
         ):
             if known is not None:
-                yield name, "gauge", told, [(name, known)]
-
-
-def _number(value: float) -> str:
-    return repr(int(value)) if float(value).is_integer() else repr(float(value))
-
-
-def _escaped(text: object) -> str:
-    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+                yield gauge(name, told, [({}, known)])
+        yield from process_families(self._process)

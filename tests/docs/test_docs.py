@@ -9,16 +9,21 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer.main
+import yaml
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
+import coordinator.strategies
+import edge_agent.energy
 from coordinator.app import create_app
 from coordinator.home_discovery import config_topic
 from coordinator.live import Live
@@ -28,14 +33,17 @@ from coordinator.settings import CoordinatorSettings, HomeAssistantSettings, Rol
 from coordinator.strategies.base import available, load_strategy
 from coordinator.web.models import StartRun, StopRun
 from edge_agent.datasets import load as load_data
+from edge_agent.energy.sensor import find_sensors
 from edge_agent.samples import COMMON, KEYS, DataSettings
 from edge_agent.settings import AgentSettings
 from foundation import settings, topics
+from foundation.errors import SettingsError
 from foundation.profile import DeviceProfile
 from foundation.transport import matches
 from hedgerow.cli import app
 from tests.docs.pages import (
     CODE,
+    FENCE,
     PAGES,
     ROOT,
     Block,
@@ -49,13 +57,14 @@ from tests.docs.pages import (
     settings_in,
     text_of,
 )
+from tests.toys import ToyFederation
 
 MODELS: dict[str, type[BaseModel]] = {"agent": AgentSettings, "coordinator": CoordinatorSettings}
 LONGEST = {
     "algorithms": 460,
     "settings": 120,
     "compare": 80,
-    "operations": 320,
+    "operations": 310,
     "data": 180,
     "ledger": 110,
     "architecture": 440,
@@ -67,6 +76,14 @@ LONGEST = {
     "brokers": 90,
     "links": 60,
     "scale": 120,
+    "monitoring": 130,
+    "quickstart": 90,
+    "raspberry-pi": 110,
+    "jetson": 80,
+    "testbed": 95,
+    "serve": 85,
+    "troubleshooting": 190,
+    **dict.fromkeys(("own-data", "own-model", "own-strategy", "own-sensor", "own-board"), 80),
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -193,7 +210,7 @@ def commands(program: str) -> list[tuple[Block, list[str]]]:
     found = []
     for block in blocks("sh", "bash", "console"):
         for line in block.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
+            words = shlex.split(line.removeprefix("$ ").removeprefix("sudo "), comments=True)
             if words and Path(words[0]).name == program:
                 found.append((block, words))
     return found
@@ -271,6 +288,87 @@ def test_addresses_exist(words: list[str], web: FastAPI) -> None:
 @each(blocks("python"))
 def test_python_runs(block: Block) -> None:
     exec(compile(block.text, str(block), "exec"), {"__name__": "page"})
+
+
+@each(blocks("json"))
+def test_json_is_read(block: Block) -> None:
+    json.loads(block.text)
+
+
+@each(blocks("yaml"))
+def test_yaml_is_read(block: Block) -> None:
+    assert yaml.safe_load(block.text)
+
+
+LANGUAGES = {"", "conf", "sh", "toml", "python", "json", "yaml", "ini", "text", "map", "acl"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    told = {match[1].split()[0] if match[1].strip() else "" for match in FENCE.finditer(page.read_text())}
+    assert told <= LANGUAGES, "what no test knows is tested by nobody"
+
+
+def its_block(page: str, word: str) -> str:
+    (block,) = [b for b in blocks("python") if b.page == page and b.info.split()[1:] == [word]]
+    return block.text
+
+
+def test_the_strategy_of_the_page_is_found_and_does_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shy.py").write_text(its_block("docs/own-strategy.md", "strategy"))
+    monkeypatch.setattr(coordinator.strategies, "__path__", [*coordinator.strategies.__path__, str(tmp_path)])
+    assert "shy" in available()
+    half, whole = load_strategy("shy", {"step": 0.5}), load_strategy("fedavg")
+    federation = ToyFederation(whole, agents=2)
+    state = federation.begin()
+    updates = [federation.work(one) for one in federation.plan(state, 1)]
+    before, went, all_the_way = (
+        s.shared for s in (state, half.absorb(state, updates), whole.absorb(state, updates))
+    )
+    for name in before:
+        np.testing.assert_allclose(
+            went[name] - before[name], 0.5 * (all_the_way[name] - before[name]), atol=1e-6
+        )
+    with pytest.raises(SettingsError, match="step"):
+        load_strategy("shy", {"step": 2})
+
+
+def test_the_sensor_of_the_page_is_found_by_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "myshunt.py").write_text(its_block("docs/own-sensor.md", "sensor"))
+    monkeypatch.setattr(edge_agent.energy, "__path__", [*edge_agent.energy.__path__, str(tmp_path / "code")])
+    (entry,) = [b.text for b in blocks("text") if b.page == "docs/own-sensor.md"]
+    (board,) = [b.text for b in blocks("toml") if b.page == "docs/own-board.md"]
+    top, marker, rest = board.partition("[[sensor]]")
+    source = '[[source]]\nid = "my-shunt"\ntext = "its data sheet"\n'
+    (tmp_path / "profile.toml").write_text(top + entry + marker + rest + source)
+    profile = DeviceProfile.load(tmp_path / "profile.toml")
+    root = tmp_path / "root"
+    file = root / "sys/class/myshunt/power_mw"
+    file.parent.mkdir(parents=True)
+    assert [sensor.name for sensor in find_sensors(profile, root)][:1] != ["myshunt"]
+    file.write_text("2500\n")
+    sensor = find_sensors(profile, root)[0]
+    assert (sensor.name, sensor.kind, sensor.scope, sensor.u_rel) == ("myshunt", "measured", "board_dc", 0.02)
+    assert (sensor.joules(0.0), sensor.joules(2.0)) == (0.0, 5.0)
+    file.write_text("nothing\n")
+    assert sensor.joules(3.0) is None
+
+
+def test_the_site_has_every_page_once() -> None:
+    def pages(nav: Any) -> Iterator[str]:
+        for one in nav.values() if isinstance(nav, dict) else nav:
+            if isinstance(one, str):
+                yield one
+            else:
+                yield from pages(one)
+
+    told = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(told) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
 # --- what is quoted --------------------------------------------------------------------------------

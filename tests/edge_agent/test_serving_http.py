@@ -615,9 +615,9 @@ def test_a_bucket_holds_its_own_bound() -> None:
     histogram = Histogram()
     for seconds in (0.0005, 0.0006, 1.0, 5.0):
         histogram.add(seconds)
-    lines = dict(histogram.lines("x"))
-    assert (lines['x_bucket{le="0.0005"}'], lines['x_bucket{le="0.001"}']) == (1, 2)
-    assert (lines['x_bucket{le="1.0"}'], lines['x_bucket{le="+Inf"}'], lines["x_count"]) == (3, 4, 4)
+    found = {(sample.suffix, sample.labels.get("le")): sample.value for sample in histogram.samples()}
+    assert (found["_bucket", "0.0005"], found["_bucket", "0.001"]) == (1, 2)
+    assert (found["_bucket", "1.0"], found["_bucket", "+Inf"], found["_count", None]) == (3, 4, 4)
 
 
 # --- the process ----------------------------------------------------------------------------------
