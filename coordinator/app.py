@@ -89,7 +89,7 @@ def create_app(
 def _offered(routers: Sequence[APIRouter]) -> frozenset[str]:
     """Return the routes of these routers, such as "POST /api/v1/runs"."""
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    return frozenset(f"{method} {route.path}" for route in routes for method in route.methods)
+    return frozenset(f"{method} {route.path}" for route in routes for method in route.methods or ())
 
 
 class Guard:
