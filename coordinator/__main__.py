@@ -10,7 +10,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from coordinator.app import create_app
 from coordinator.engine import Engine
+from coordinator.fleet.desk import Desk
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.start import with_fleet
 from coordinator.fleet.tokens import ApiTokens
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one_pool(LARGE_BYTES)
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it lists its plug-ins at every start
         with hold(loaded.folder, "coordinator"):
-            return asyncio.run(_run(loaded))
+            return asyncio.run(_run(loaded, settings.rows(loaded, origins)))
     except SettingsError as error:
         sys.stderr.write(f"hedgerow coordinator: {error}\n")
         return 2
@@ -103,7 +104,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(s: CoordinatorSettings) -> int:
+async def _run(s: CoordinatorSettings, told: Sequence[settings.Row]) -> int:
     will = (
         Topics(s.federation).coordinator_presence,
         Presence(state="offline").model_dump_json().encode(),
@@ -118,10 +119,10 @@ async def _run(s: CoordinatorSettings) -> int:
             beside = [home.run, wall.run, *fleet.lives]
             engine = Engine(s, transport=fleet.transport, store=store, live=live, beside=beside)
             fleet.watch(engine)
-            return await _until_stopped(s, engine, store, live)
+            return await _until_stopped(s, engine, lambda: _app(s, told, store, live, engine))
 
 
-async def _until_stopped(s: CoordinatorSettings, engine: Engine, store: Store, live: Live) -> int:
+async def _until_stopped(s: CoordinatorSettings, engine: Engine, app: Callable[[], FastAPI]) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -129,7 +130,7 @@ async def _until_stopped(s: CoordinatorSettings, engine: Engine, store: Store, l
     waiting = {motor, asyncio.create_task(stop.wait())}
     if s.exit_when_done:
         waiting.add(asyncio.create_task(engine.finished.wait()))
-    server = _server(s.http, _app(s.http, store, live, engine)) if s.http.enabled else None
+    server = _server(s.http, app()) if s.http.enabled else None
     page = asyncio.create_task(server.serve(sockets=[bound(s.http)])) if server else None
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -176,16 +177,21 @@ def checked(http: HttpSettings) -> None:
             raise SettingsError(f"http.tls_cert and http.tls_key cannot be used: {error}") from error
 
 
-def _app(http: HttpSettings, store: Store, live: Live, engine: Engine) -> FastAPI:
+def _app(
+    s: CoordinatorSettings, told: Sequence[settings.Row], store: Store, live: Live, engine: Engine
+) -> FastAPI:
+    http, records = s.http, FleetRecords(store)
     loopback = is_loopback(http.host)
     return create_app(
         store,
         live,
         engine,
         models=engine.models,
+        desk=Desk(s, records) if s.enrolment.enabled else None,
+        settings=told,
         hosts=http.hosts or (("localhost", "127.0.0.1", "[::1]", http.host) if loopback else ()),
         tokens=ApiTokens(store) if http.auth == "on" or not loopback else None,
-        records=FleetRecords(store),
+        records=records,
         per_second=http.per_second,
         secure=http.tls_cert is not None,
     )

@@ -6,22 +6,25 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.fleet.desk import Desk
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
-from coordinator.web import api, described, metrics, rollout, stream
+from coordinator.web import api, described, fleet, metrics, rollout, stream
 from coordinator.web.door import Door
 from coordinator.web.models import Control
 from coordinator.web.pages import site
 from coordinator.web.pages.shell import HERE as WEB
+from foundation.settings import Row
 
 # Everything comes from here. Plotly writes styles into the elements that it makes, hence the one exception.
 POLICY = (
@@ -38,6 +41,8 @@ def create_app(
     control: Control,
     *,
     models: Steward | None = None,
+    desk: Desk | None = None,
+    settings: Sequence[Row] = (),
     hosts: Sequence[str] = (),
     tokens: ApiTokens | None = None,
     records: FleetRecords | None = None,
@@ -49,7 +54,8 @@ def create_app(
     """Return the application. It opens and closes nothing: store, live and engine belong to the caller.
 
     Without `tokens` nobody is asked who they are: bind it to loopback then. `records` takes down changes.
-    `models` answers for devices' models; without it there are no addresses for them.
+    `models` answers for devices' models, and `desk` invites devices and shuts them out; without them there
+    are no addresses for that. `settings` are shown on the page of that name.
     `hosts`, when given, are the only names that requests may call this machine by, which keeps a foreign page
     from reaching it through a name of its own. `per_second` bounds one address, `secure` says that it is TLS.
     """
@@ -65,15 +71,27 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Guard)
     api.install_problems(app)
-    app.include_router(api.routes(store, live, control, clock))
+    routers = [api.routes(store, live, control, clock)]
     if models is not None:
-        app.include_router(rollout.routes(store, models))
-    app.include_router(stream.routes(live, status_every_s=status_every_s))
-    app.include_router(metrics.routes(store, live))
-    app.include_router(site.routes(store, live, clock))
+        routers.append(rollout.routes(store, models))
+    if desk is not None:
+        routers.append(fleet.routes(desk))
+    for router in (
+        *routers,
+        stream.routes(live, status_every_s=status_every_s),
+        metrics.routes(store, live),
+        site.routes(store, live, clock, _offered(routers), settings),
+    ):
+        app.include_router(router)
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     described.describe(app)
     return app
+
+
+def _offered(routers: Sequence[APIRouter]) -> frozenset[str]:
+    """Return the routes of these routers, such as "POST /api/v1/runs"."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    return frozenset(f"{method} {route.path}" for route in routes for method in route.methods or ())
 
 
 class Guard:

@@ -17,7 +17,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -59,11 +59,26 @@ def load(
     return settings, {key: _origin(key, origins) for key, _ in _leaves(settings)}
 
 
+class Row(NamedTuple):
+    """One setting as it may be shown."""
+
+    key: str
+    value: str
+    """Secrets are hidden, and what is not set is "-"."""
+    origin: str
+    """"default", a file, a variable or an option."""
+
+
+def rows(settings: BaseModel, origins: Mapping[str, str]) -> list[Row]:
+    """Return all settings, their values and where they came from; secrets are hidden."""
+    return [Row(key, _printed(key, value), origins.get(key, "default")) for key, value in _leaves(settings)]
+
+
 def show(settings: BaseModel, origins: Mapping[str, str]) -> str:
     """Return a table of all settings, their values and where they came from; secrets are hidden."""
-    rows = [(key, _printed(key, value), origins.get(key, "default")) for key, value in _leaves(settings)]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for key, value, origin in rows)
+    told = rows(settings, origins)
+    widths = [max((len(row[column]) for row in told), default=0) for column in (0, 1)]
+    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for key, value, origin in told)
 
 
 def beside(file: Path | None, path: Path) -> Path:

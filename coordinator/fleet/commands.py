@@ -16,10 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.fleet.access import access_of, revoked, tell_broker
-from coordinator.fleet.authority import certified, pin_of
+from coordinator.fleet.access import access_of, revoked
+from coordinator.fleet.authority import certified
 from coordinator.fleet.brokers.access import BROKERS, COORDINATOR, Listener, broker_files, give, reload, write
 from coordinator.fleet.certificates import OWN, own
+from coordinator.fleet.desk import Desk
 from coordinator.fleet.records import Device, FleetRecords, person
 from coordinator.fleet.secret import FleetSecret
 from coordinator.fleet.tokens import ApiTokens
@@ -118,33 +119,21 @@ def _records(s: CoordinatorSettings) -> Iterator[FleetRecords]:
 
 
 def _invite(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
-    if not s.enrolment.enabled:
-        raise SettingsError(
-            "this coordinator lets devices in without joining: set enrolment.enabled = true in its settings"
-            " first (`hedgerow coordinator broker-config` prints all that belongs there)"
-        )
-    if not 1 <= arguments.devices <= 10_000 or not 0 < arguments.hours <= 8760:
-        raise SettingsError("--devices is 1 to 10000 and --hours up to 8760")
-    secret = FleetSecret.load(s.folder, s.federation)
-    pin = None if s.enrolment.files is None else pin_of(s.enrolment.files)
     with _records(s) as records:
-        made = records.invite(
+        made = Desk(s, records).invite(
             arguments.devices,
             name=arguments.name,
             replace=arguments.replace,
-            expires_s=arguments.hours * HOUR_S,
+            hours=arguments.hours,
             who=person(),
         )
-        done = tell_broker(s, records, secret)
-    tokens = [secret.token(invite, pin).text() for invite in made]
     if arguments.json:
-        _print({"tokens": tokens, "expires": made[0].expires, "address": s.enrolment.address, "broker": done})
+        told = {"expires": made.expires, "address": s.enrolment.address, "broker": made.broker}
+        _print({"tokens": made.tokens, **told})
         return
-    sys.stderr.write(f"good until {_when(made[0].expires)}, each for one device; {done}\n")
-    address = s.enrolment.address or s.mqtt.address
-    for token in tokens:
-        more = " --certificate" if s.enrolment.certificates else ""
-        sys.stdout.write(f"hedgerow agent join {address} --token {token}{more}\n")
+    sys.stderr.write(f"good until {_when(made.expires)}, each for one device; {made.broker}\n")
+    for line in made.lines:
+        sys.stdout.write(f"{line}\n")
 
 
 def _invites(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
@@ -176,10 +165,8 @@ def _devices(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
 
 
 def _revoke(arguments: argparse.Namespace, s: CoordinatorSettings) -> None:
-    secret = FleetSecret.load(s.folder, s.federation)
     with _records(s) as records:
-        device = records.revoke(arguments.device, arguments.reason, who=person())
-        done = tell_broker(s, records, secret)
+        device, done = Desk(s, records).revoke(arguments.device, arguments.reason, who=person())
     if arguments.json:
         _print({**_shown(device), "broker": done})
         return

@@ -144,7 +144,7 @@ def routes(store: Store, steward: Steward) -> APIRouter:
             raise SettingsError("name `devices`, or say `all`: one of the two")
         devices = None if request.all else request.devices
         made, without = await steward.order(
-            verb, devices, request.model, reason=request.reason, who=_who(asked)
+            verb, devices, request.model, reason=request.reason, who=asker(asked)
         )
         return Ordered(orders=[OrderView.of(one) for one in made], problems=without)
 
@@ -157,13 +157,13 @@ def routes(store: Store, steward: Steward) -> APIRouter:
     @router.post(PREFIX + "/rollouts/stop", responses=problems(403, 409, 422))
     async def stop(request: StopRollout, asked: Request) -> RolloutView:
         """End the rollout under way; its devices go back to the model before."""
-        await steward.stop(request.reason, who=_who(asked))
+        await steward.stop(request.reason, who=asker(asked))
         return await _newest(store, steward)
 
     @router.post(PREFIX + "/rollouts/go", responses=problems(403, 409, 422))
     async def go(asked: Request) -> RolloutView:
         """Let the next ring go now, whatever it waits for."""
-        await steward.go(who=_who(asked))
+        await steward.go(who=asker(asked))
         return await _newest(store, steward)
 
     return router
@@ -198,6 +198,6 @@ def _view(store: Store, rollout: Rollout, waits: str | None) -> RolloutView:
     )
 
 
-def _who(request: Request) -> str:
+def asker(request: Request) -> str:
     """Return the name of whose token came with a request (coordinator/web/door.py)."""
     return str(request.scope.get("hedgerow.who") or SOMEBODY)

@@ -6,17 +6,30 @@ import hashlib
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import numpy as np
+from fastapi import FastAPI
+
+from coordinator.app import create_app
+from coordinator.fleet.desk import Desk
+from coordinator.fleet.records import FleetRecords
 from coordinator.live import Live
 from coordinator.report import update_summary
+from coordinator.rollout.steward import Steward
+from coordinator.roster import Roster
+from coordinator.settings import CoordinatorSettings, RolloutSettings
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
+from coordinator.strategies.base import State
 from coordinator.web.models import StartRun
+from foundation import settings
 from foundation.artifact import Manifest
 from foundation.energy import EnergyReading, Kind, Scope, Stage
 from foundation.errors import RoundError
-from foundation.messages import AgentCard, Telemetry, Update
+from foundation.messages import AgentCard, KeptModel, Models, Telemetry, Update
 from foundation.normalisation import Normalisation
+from foundation.parameters import Parameters
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SPEC = '{"input": "image", "shape": [1, 8, 8], "classes": 10, "width": 32, "depth": 2}'
@@ -143,11 +156,29 @@ def a_manifest(i: int, round: int, run: str = "greenhouse-1") -> Manifest:
     )
 
 
-def fill(store: Store, clock: Clock, rounds: int = 5, run: str = "greenhouse-1") -> None:
+def a_state(round: int) -> bytes:
+    """Return a state with an embedding of every device: the first two are near, the last is new."""
+    rows = np.random.default_rng(3).standard_normal((4, 8)).astype(np.float32)
+    rows[1] = rows[0] + 0.1
+    private = {agent: Parameters({"embedding": rows[i]}) for i, agent in enumerate(AGENTS)}
+    private[AGENTS[3]] = private[AGENTS[3]].updated({"fresh": np.ones(1, np.float32)})
+    return State(round, Parameters(), private).to_bytes()
+
+
+def finish(store: Store, clock: Clock, run: str, strategy: str = "fedtp", rounds: int = 3) -> None:
+    """Write a run that has finished."""
+    fill(store, clock, rounds, run, strategy)
+    store.set_run_state(run, "finished")
+    clock.now += 60
+
+
+def fill(
+    store: Store, clock: Clock, rounds: int = 5, run: str = "greenhouse-1", strategy: str = "pfl_tpp"
+) -> None:
     """Write a run with `rounds` closed rounds and one that is open."""
-    store.open_run(RunRecord(run, "pfl_tpp", '{"lr": 0.05}', SPEC, 10, 7))
+    store.open_run(RunRecord(run, strategy, '{"lr": 0.05}', SPEC, 10, 7))
     store.set_run_state(run, "running")
-    store.save_initial_state(run, b"state 0")
+    store.save_initial_state(run, a_state(0))
     for i in range(4):
         store.upsert_agent(a_card(i), NOON)
     for round in range(1, rounds + 2):
@@ -159,7 +190,7 @@ def fill(store: Store, clock: Clock, rounds: int = 5, run: str = "greenhouse-1")
             store.add_update(run, round, update.agent, frame, update_summary(update, 61_440 + 512 * i))
         clock.now += 21.5
         if round <= rounds:
-            store.close_round(run, round, f"state {round}".encode(), {"updates": 4})
+            store.close_round(run, round, a_state(round), {"updates": 4})
             store.add_event("round", run, round, None, f"round {round} closed: 4 of 4 updates")
     store.add_artifact(a_manifest(0, rounds, run))
     store.add_artifact(a_manifest(1, rounds, run))
@@ -196,3 +227,47 @@ def enliven(live: Live, clock: Callable[[], float], rounds: int = 5, run: str = 
                 rss_bytes=238_000_000,
             )
         )
+
+
+def furnished(store: Store, live: Live, clock: Callable[[], float], folder: Path) -> FastAPI:
+    """Return the application with all that a coordinator gives it: a steward, a desk, settings."""
+
+    async def send(agent: str, body: bytes) -> None:
+        pass
+
+    told = {"folder": folder, "enrolment": {"enabled": True, "address": "mqtts://broker.local:8883"}}
+    s = CoordinatorSettings.model_validate(
+        {**told, "mqtt": {"username": "ada", "password": "keep this to yourself"}}
+    )
+    records = FleetRecords(store, clock=clock)
+    return create_app(
+        store,
+        live,
+        Engine(store, live),
+        models=Steward(RolloutSettings(), store=store, live=live, roster=Roster(), send=send),
+        desk=Desk(s, records),
+        settings=settings.rows(s, {"folder": "--set folder", "mqtt.password": "COORDINATOR__MQTT__PASSWORD"}),
+        records=records,
+        clock=clock,
+    )
+
+
+def joined(store: Store, agent: str) -> None:
+    """Let a device join with a key."""
+    records = FleetRecords(store)
+    (place,) = records.invite(1, name=agent, replace=False, expires_s=3600, who="ada")
+    records.join(place.invite, agent, "ab" * 32)
+
+
+def with_models(i: int, rounds: int = 5, run: str = "greenhouse-1") -> AgentCard:
+    """Return the card of a device that keeps two models, serves the newer, and has pinned none."""
+    kept = [
+        KeptModel(
+            sha256=a_manifest(i, n, run).sha256,
+            run=run,
+            round=n,
+            links=frozenset({"serving"} if n == rounds else {"previous"}),
+        )
+        for n in (rounds - 1, rounds)
+    ]
+    return a_card(i).model_copy(update={"models": Models(serves=True, kept=tuple(kept))})

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
+from coordinator.strategies.base import available
 from coordinator.web.models import RoundView
 from coordinator.web.pages.seen import SeenRounds
 from coordinator.web.pages.shell import Shell
@@ -160,6 +161,7 @@ def _told(store: Store, seen: SeenRounds, run: RunRecord | None) -> Json:
     closed = [view for view in rounds if view.state == "closed"]
     return {
         "runs": store.runs(),
+        "strategies": available(),
         "rounds": rounds,
         "listed": ROUNDS_LISTED,
         "last": closed[-1] if closed else None,

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse
 from coordinator.store.sql import Store
 from coordinator.web.api import RoundNumber
 from coordinator.web.models import RefusalView, RoundView, UpdateView
+from coordinator.web.pages.gantt import ORDER, gantt
 from coordinator.web.pages.shell import Shell
 from foundation.messages import Json
 
@@ -41,8 +42,12 @@ def _told(store: Store, run: str, round: int) -> Json:
         raise HTTPException(404, f"there is no round {round} of a run {run!r} in this store")
     updates = [UpdateView.of(update) for update in store.updates(run, round)]
     refusals = [RefusalView.of(r) for r in store.refusals(run) if r.round == round]
+    view = RoundView.of(record, updates)
+    after = [UpdateView.of(update) for update in store.updates(run, round + 1)]
     return {
-        "view": RoundView.of(record, updates),
+        "view": view,
+        "gantt": gantt(view, updates, after),
+        "stages": ORDER,
         "updates": updates,
         "refusals": refusals,
         "cases": [case for case in store.quarantine.cases(run) if case.round == round],

@@ -40,14 +40,24 @@ class Place(NamedTuple):
     title: str
 
 
-PLACES = (Place("/", "Overview"), Place("/fleet", "Fleet"), Place("/models", "Models"))
+PLACES = (
+    Place("/", "Overview"),
+    Place("/fleet", "Fleet"),
+    Place("/neighbours", "Neighbours"),
+    Place("/compare", "Compare"),
+    Place("/models", "Models"),
+    Place("/settings", "Settings"),
+)
 
 
 class Shell:
     """Renders pages over a store and the live picture. `clock` gives UTC seconds since the epoch."""
 
-    def __init__(self, store: Store, live: Live, clock: Callable[[], float]) -> None:
-        self.store, self.live, self._clock = store, live, clock
+    def __init__(
+        self, store: Store, live: Live, clock: Callable[[], float], offered: frozenset[str] = frozenset()
+    ) -> None:
+        """`offered` has the API's routes, such as "POST /api/v1/runs": no page asks for another."""
+        self.store, self.live, self._clock, self._offered = store, live, clock, offered
         self._templates = _templates()
 
     def render(self, template: str, here: str = "", **values: object) -> HTMLResponse:
@@ -56,7 +66,8 @@ class Shell:
         Call it from the event loop: the live picture belongs to it.
         """
         now = datetime.fromtimestamp(self._clock(), UTC)
-        told = {"status": self.live.snapshot(), "now": now, "here": here, "places": PLACES, **values}
+        always = {"status": self.live.snapshot(), "now": now, "here": here, "places": PLACES}
+        told = {**always, "offered": self._offered, **values}
         page = self._templates.get_template(template).render(**told)
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
@@ -97,6 +108,7 @@ def _templates() -> Environment:
         figure=words.figure,
         ago=words.ago,
         clock=words.clock_time,
+        moment=words.moment,
         short=words.short,
         weblink=words.weblink,
     )

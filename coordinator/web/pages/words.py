@@ -81,6 +81,11 @@ def clock_time(when: datetime | None) -> str:
     return DASH if when is None else f"{when.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
+def moment(at: float) -> str:
+    """Write UTC seconds since the epoch as a moment."""
+    return clock_time(datetime.fromtimestamp(at, UTC))
+
+
 def short(digest: str | None) -> str:
     """Write the first twelve digits of a digest."""
     return digest[:12] if digest else DASH

@@ -81,6 +81,7 @@ async function send(form) {
     const headers = { "content-type": "application/json" };
     const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
     const told = await answer.json().catch(() => ({}));
+    said.classList.toggle("problem", !answer.ok);
     said.textContent = answer.ok ? form.dataset.done || "" : told.detail || "the coordinator answered " + answer.status;
     if (!answer.ok) return;
     if (form.dataset.shows) form.querySelector("output").textContent = told[form.dataset.shows];

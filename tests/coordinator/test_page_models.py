@@ -1,0 +1,37 @@
+"""The models of all devices, in pages, and how far the rings are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from coordinator.store.rollouts import Member
+from coordinator.web.pages.models import Ring, rings
+from tests.coordinator.filled_store import a_manifest
+from tests.coordinator.test_pages import Visit, read, visit  # noqa: F401
+
+
+def test_rings_count_who_serves() -> None:
+    members = [
+        Member("r", 2, "a", 0, "serving", "", None, 0.0),
+        Member("r", 2, "b", 1, "refused", "", None, 0.0),
+        Member("r", 2, "c", 1, "serving", "", None, 0.0),
+        Member("r", 2, "d", 2, "waiting", "", None, 0.0),
+    ]
+    assert rings(members, 1) == [Ring(1, 1, 1, True), Ring(2, 1, 2, True), Ring(3, 0, 1, False)]
+    assert rings([], 0) == []
+
+
+@pytest.mark.anyio
+async def test_older_models_are_on_further_pages(visit: Visit) -> None:  # noqa: F811
+    for number in range(1, 131):
+        visit.store.add_artifact(a_manifest(0, number))
+    seen: list[str] = []
+    for address in ("/models", "/models?after=100"):
+        page = await visit.get(address)
+        seen += re.findall(r'data-label="Round" class="number">(\d+)<', page)
+        assert ('href="/models?after=100"' in page) == (address == "/models")
+        assert f'data-part="{address.replace("/models", "/parts/models")}"' in page
+    assert seen == [str(number) for number in range(130, 0, -1)]
+    assert "There are no older ones" in read(await visit.get("/models?after=500"))
