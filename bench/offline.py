@@ -34,7 +34,7 @@ from bench.tun import ip, namespace, packets, tun
 SPACE = "hedgerow-offline"
 NOBODY = "192.0.2.1"
 """An address kept for documentation."""
-ICMP6, HOP_BY_HOP = 58, 0
+ICMP6, HOP_BY_HOP, UDP, DNS = 58, 0, 17, b"\x00\x35"
 TICK_S = 0.1
 WITHIN_S = 900.0
 
@@ -45,7 +45,9 @@ def told(packet: bytes) -> str | None:
     if version == 6:
         own = packet[6] in (ICMP6, HOP_BY_HOP)
         return None if own else f"{ipaddress.ip_address(packet[24:40])} protocol {packet[6]}"
-    return f"{ipaddress.ip_address(packet[16:20])} protocol {packet[9]}"
+    place = f"{ipaddress.ip_address(packet[16:20])} protocol {packet[9]}"
+    question = packet[40:] if packet[9] == UDP and packet[22:24] == DNS else b""
+    return f"{place} asking {question[:60]!r}" if question else place
 
 
 class Empty(threading.Thread):
