@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from coordinator.collector import Collector, check_answer
 from coordinator.easing import Ease
 from coordinator.ingest.taker import Taker
-from coordinator.live import Live, Phase
+from coordinator.live import Live
 from coordinator.outgoing import Outgoing
 from coordinator.pace import ROUNDS, Busy, age_s, answer_s, late_reason
 from coordinator.planning import Course, context_of, planned
@@ -922,11 +922,11 @@ class Engine:
     # --- the end -------------------------------------------------------------------------------
 
     async def _ended(self, run: str, state: Literal["finished", "failed", "stopped"], reason: str) -> None:
-        phase: Phase = "idle" if state == "stopped" else state
-        rounds = 0
+        rounds = reached = 0
         try:
             if await asyncio.to_thread(self.store.has_run, run):
                 rounds = (await asyncio.to_thread(self.store.run, run)).rounds
+                reached = await asyncio.to_thread(self._closed_rounds, run)
                 await asyncio.to_thread(self.store.set_run_state, run, state, reason)
         except (
             StoreError
@@ -935,10 +935,15 @@ class Engine:
         text = f"run {run} {state}" + (f": {reason}" if reason else "")
         if state == "failed":
             logger.error(text)
-        self.live.phase(run, rounds, rounds, phase, {"reason": reason} if reason else {})
+        self.live.phase(run, reached, rounds, state, {"reason": reason} if reason else {})
         self.live.emit(f"run_{state}", text, run=run)
         self.outcome = state
         self.finished.set()
+
+    def _closed_rounds(self, run: str) -> int:
+        """Return the number of the last round that is closed; at most one after it is open."""
+        latest = self.store.latest_rounds(run, 2)
+        return max((record.round for record in latest if record.state == "closed"), default=0)
 
     async def _publish(self, agent: str, what: str, body: bytes) -> None:
         try:

@@ -111,7 +111,10 @@ document.addEventListener("click", ({ target }) => {
   if (button) document.getElementById(button.dataset.ask).showModal();
 });
 document.addEventListener("submit", (event) => {
-  if (!event.target.dataset.send || (event.submitter && event.submitter.value === "cancel")) return;
+  // The Enter key in a field submits with the first button, which leaves things as they are: it means to send.
+  const typed = document.activeElement && document.activeElement.tagName === "INPUT";
+  const left = event.submitter && event.submitter.value === "cancel" && !typed;
+  if (!event.target.dataset.send || left) return;
   event.preventDefault();
   send(event.target);
 });
