@@ -18,6 +18,7 @@ from coordinator.live import Live
 from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
 from coordinator.web import api, rollout, stream
+from coordinator.web.described import Described
 from coordinator.web.door import Door
 from coordinator.web.models import Control
 from coordinator.web.pages import site
@@ -53,7 +54,7 @@ def create_app(
     `hosts`, when given, are the only names that requests may call this machine by, which keeps a foreign page
     from reaching it through a name of its own. `per_second` bounds one address, `secure` says that it is TLS.
     """
-    app = FastAPI(
+    app = Described(
         title="Hedgerow coordinator",
         version=importlib.metadata.version("hedgerow") if _is_installed() else "0",
         openapi_url=f"{api.PREFIX}/openapi.json",

@@ -248,7 +248,7 @@ class Engine:
 
     async def _check_stands(self, run: str, wanted: Literal["running", "paused"]) -> None:
         if self._run is None or self._run.done() or self._active != run:
-            raise RoundError(f"run {run!r} is not the one in progress: start it again instead")
+            raise RoundError(f"run {run!r} is not the one in progress")
         if not await asyncio.to_thread(self.store.has_run, run):
             raise RoundError(f"run {run!r} still waits for its agents: stop it instead")
         state = (await asyncio.to_thread(self.store.run, run)).state

@@ -88,7 +88,7 @@ def routes(store: Store, live: Live, control: Control, clock: Callable[[], float
 
 def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
     # Async, as the live picture belongs to the event loop; what reads the store goes to a thread.
-    @router.get(PREFIX + "/status", tags=["live"])
+    @router.get(PREFIX + "/status", tags=["live"], responses=problems(422))
     async def status(
         since: Annotated[int, Query(description="Only agents changed after this version.")] = -1,
     ) -> Status:

@@ -302,6 +302,8 @@ async def test_openapi_tells_of_every_route(house: House) -> None:
         "/api/v1/runs/{run}/rounds/{n}/updates",
         "/api/v1/runs/{run}/updates",
         "/api/v1/runs/{run}/stop",
+        "/api/v1/runs/{run}/pause",
+        "/api/v1/runs/{run}/resume",
         "/api/v1/artifacts",
         "/api/v1/refusals",
         "/api/v1/quarantine",
