@@ -33,10 +33,17 @@ class Described(FastAPI):
                     _answer(described)["example"] = example
             for path, verbs in found["paths"].items():
                 for described in verbs.values():
-                    codes = (429,) if path == "/healthz" else (401, 429)
-                    described["responses"] |= {str(code): _problem(code) for code in codes}
+                    _tell_problems(described["responses"], (429,) if path == "/healthz" else (401, 429))
         assert self.openapi_schema is not None
         return self.openapi_schema
+
+
+def _tell_problems(responses: dict[str, Any], more: tuple[int, ...]) -> None:
+    """Let every error be a problem alone, as FastAPI adds its own type; add what the door says."""
+    for answer in responses.values():
+        if PROBLEM in answer["content"]:
+            answer["content"].pop(JSON, None)
+    responses |= {str(code): _problem(code) for code in more}
 
 
 def _problem(code: int) -> dict[str, Any]:
