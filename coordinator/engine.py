@@ -81,7 +81,7 @@ HANDLED_BYTES = 8 * 2**20
 """Updates that are checked and stored at the same time; more of them wait unread."""
 MAX_ROUNDS = 100_000
 """The bound of `RunSettings.rounds`."""
-UNFINISHED = ("waiting", "running")
+UNFINISHED = ("waiting", "running", "paused")
 Asks: TypeAlias = Callable[[Sequence[str]], Awaitable[list[Assignment]]]
 """Returns what agents would be asked in a round."""
 
@@ -145,6 +145,10 @@ class Engine:
         self._open: _Open | None = None
         self._opened = asyncio.Condition()
         self._active: str | None = None
+        self._going = asyncio.Event()
+        """Not set while the run is paused."""
+        self._standing = asyncio.Lock()
+        """Held while it is written down how a run stands."""
         self._begun = asyncio.Event()
         self._saving: asyncio.Task[None] | None = None
         self._courier = Courier(
@@ -241,12 +245,52 @@ class Engine:
         await asyncio.wait([self._run])
         await self._ended(run, "stopped", reason)
 
+    async def pause(self, run: str, reason: str) -> None:
+        """Open no further round until `resume`; the one under way ends by its usual rules.
+
+        Raises `RoundError` unless `run` is in progress, among the runs, and not paused yet.
+        """
+        async with self._standing:
+            await self._check_stands(run, "running")
+            await asyncio.to_thread(self.store.set_run_state, run, "paused", reason)
+            self._going.clear()
+        self.live.emit("run_paused", f"run {run} paused: {reason}", run=run)
+
+    async def resume(self, run: str) -> None:
+        """Go on with a paused run; raises `RoundError` for one that is not."""
+        async with self._standing:
+            await self._check_stands(run, "paused")
+            await asyncio.to_thread(self.store.set_run_state, run, "running")
+            self._going.set()
+        self.live.emit("run_resumed", f"run {run} resumed", run=run)
+
+    async def _check_stands(self, run: str, wanted: Literal["running", "paused"]) -> None:
+        if self._run is None or self._run.done() or self._active != run:
+            raise RoundError(f"run {run!r} is not the one in progress")
+        if not await asyncio.to_thread(self.store.has_run, run):
+            raise RoundError(f"run {run!r} still waits for its agents: stop it instead")
+        state = (await asyncio.to_thread(self.store.run, run)).state
+        if state != wanted:
+            raise RoundError(f"run {run!r} is {state}, not {wanted}")
+
+    async def _held(self, run: RunSettings, number: int) -> bool:
+        """Wait while the run is paused, and return whether it was."""
+        if self._going.is_set():
+            return False
+        self.live.phase(run.name, number, run.rounds, "paused", {})
+        await self._going.wait()
+        self.live.phase(run.name, number, run.rounds, "planning", {})
+        return True
+
     async def _begin(self) -> None:
         for record in await asyncio.to_thread(self.store.runs):
             if record.state in UNFINISHED:
                 course = Course.model_validate_json(record.settings_json)
-                self.live.emit("run_resumed", f"run {record.run} resumed", run=record.run)
-                self._launch(course.settings, course)
+                if record.state == "paused":
+                    self.live.emit("run_paused", f"run {record.run} is still paused", run=record.run)
+                else:
+                    self.live.emit("run_resumed", f"run {record.run} resumed", run=record.run)
+                self._launch(course.settings, course, paused=record.state == "paused")
                 return
         if not self.settings.autostart:
             return
@@ -264,7 +308,7 @@ class Engine:
         records = await asyncio.to_thread(self.store.runs)
         return any(record.run == run and record.state == "finished" for record in records)
 
-    def _launch(self, run: RunSettings, course: Course | None = None) -> None:
+    def _launch(self, run: RunSettings, course: Course | None = None, *, paused: bool = False) -> None:
         checked_name(run.name, "run")
         strategy = load_strategy(
             run.strategy, run.settings
@@ -272,6 +316,10 @@ class Engine:
         if run.mode == "async" and not strategy.mergeable:
             raise SettingsError(f'{run.strategy} cannot merge late updates: give run.mode = "rounds"')
         self._active = run.name
+        if paused:
+            self._going.clear()
+        else:
+            self._going.set()
         self._busy = Busy(time.monotonic)
         self.finished.clear()
         self._run = asyncio.create_task(self._whole_run(run, course))
@@ -509,7 +557,10 @@ class Engine:
             known = {r.card.agent: r.card for r in await asyncio.to_thread(self.store.agents)}
             eases = {agent: Ease.model_validate(ease) for agent, ease in record.eased.items()}
             return [known[agent] for agent in record.agents], record.opened.timestamp(), eases
+        await self._held(run, number)
         choice = await self._choice(course, strategy, state, number)
+        while await self._held(run, number):  # paused while it waited for agents
+            choice = await self._choice(course, strategy, state, number)
         count = max(1, round(run.fraction * len(choice.allowed)))
         rng = np.random.default_rng([run.seed, number, 0xA5])
         chosen = sorted(rng.choice(len(choice.allowed), size=count, replace=False))
@@ -927,7 +978,8 @@ class Engine:
             if await asyncio.to_thread(self.store.has_run, run):
                 rounds = (await asyncio.to_thread(self.store.run, run)).rounds
                 reached = await asyncio.to_thread(self._closed_rounds, run)
-                await asyncio.to_thread(self.store.set_run_state, run, state, reason)
+                async with self._standing:
+                    await asyncio.to_thread(self.store.set_run_state, run, state, reason)
         except (
             StoreError
         ) as error:  # a full disk, most likely: the run is still open, and goes on at a restart

@@ -34,12 +34,13 @@ Phase: TypeAlias = Literal[
     "sending",
     "collecting",
     "absorbing",
+    "paused",
     "idle",
     "finished",
     "failed",
     "stopped",
 ]
-AT_REST: frozenset[Phase] = frozenset({"idle", "finished", "failed", "stopped"})
+AT_REST: frozenset[Phase] = frozenset({"paused", "idle", "finished", "failed", "stopped"})
 
 LISTENER_EVENTS = 256
 """Events that wait for one listener before it is dropped."""

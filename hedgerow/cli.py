@@ -778,10 +778,10 @@ def model_rollout_show(
 
     Example: hedgerow model rollout show --coordinator https://laptop.lan:8080 --token-file token
     """
-    from hedgerow.model_remote import Api
+    from hedgerow.client import Client
     from hedgerow.model_rollout import show
 
-    raise typer.Exit(show(Api(coordinator, token_file, cacert), last=last, as_json=as_json))
+    raise typer.Exit(show(Client(coordinator, token_file, cacert), last=last, as_json=as_json))
 
 
 @rollout_verbs.command("go")
@@ -795,10 +795,10 @@ def model_rollout_go(
 
     Example: hedgerow model rollout go
     """
-    from hedgerow.model_remote import Api
+    from hedgerow.client import Client
     from hedgerow.model_rollout import go
 
-    raise typer.Exit(go(Api(coordinator, token_file, cacert), as_json=as_json))
+    raise typer.Exit(go(Client(coordinator, token_file, cacert), as_json=as_json))
 
 
 @rollout_verbs.command("stop")
@@ -817,10 +817,10 @@ def model_rollout_stop(
 
     Example: hedgerow model rollout stop --reason "the greenhouse is being repainted"
     """
-    from hedgerow.model_remote import Api
+    from hedgerow.client import Client
     from hedgerow.model_rollout import stop
 
-    raise typer.Exit(stop(Api(coordinator, token_file, cacert), reason, as_json=as_json))
+    raise typer.Exit(stop(Client(coordinator, token_file, cacert), reason, as_json=as_json))
 
 
 def _remote(
@@ -834,15 +834,163 @@ def _remote(
     model: str | None = None,
 ) -> NoReturn:
     """Say it through the coordinator."""
-    from hedgerow.model_remote import Api, order
+    from hedgerow.client import Client
+    from hedgerow.model_remote import order
 
     verb, devices, everywhere = what
     if devices and everywhere:
         typer.echo("hedgerow model: --device and --all do not go together", err=True)
         raise typer.Exit(2)
-    api = Api(coordinator, token_file, cacert)
+    api = Client(coordinator, token_file, cacert)
     code = order(api, verb, devices or [], model=model, reason=reason, wait_s=wait_s, as_json=as_json)
     raise typer.Exit(code)
+
+
+run_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(run_verbs, name="run")
+
+RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Its name; else the one under way.")]
+
+
+@run_verbs.callback()
+def _run() -> None:
+    """Start, pause, resume, stop and look at runs through the coordinator.
+
+    Ends with 0 done, 1 failed, 2 misuse, 3 refused: not allowed, or not now.
+    """
+
+
+@run_verbs.command("start")
+def run_start(
+    name: Annotated[str | None, typer.Argument(help="Of the run; made from strategy and time else.")] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"One of {STRATEGIES}.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of training.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Decides the initial model and who is asked.")
+    ] = None,
+    min_agents: Annotated[int | None, typer.Option(min=1, help="Online before the first round.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A strategy's setting, such as target=0.95.")
+    ] = None,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run; what is left out is as in the coordinator's settings. Refused while one is under way.
+
+    Examples:
+
+    hedgerow run start
+
+    hedgerow run start greenhouse-2 --strategy fedtp --rounds 20 --set epochs=1
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import start
+
+    asked: dict[str, Any] = {
+        "name": name,
+        "strategy": strategy,
+        "rounds": rounds,
+        "seed": seed,
+        "min_agents": min_agents,
+    }
+    asked |= {"settings": _settings(settings)} if settings else {}
+    raise typer.Exit(start(Client(coordinator, token_file, cacert), asked, as_json=as_json))
+
+
+@run_verbs.command("pause")
+def run_pause(
+    run: RunName = None,
+    reason: Annotated[str, typer.Option(help="Kept in the run's row.")] = "paused by hand",
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the round under way end, and open no other until `hedgerow run resume`, over restarts as well.
+
+    Example: hedgerow run pause --reason "the power is needed elsewhere"
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import change
+
+    client = Client(coordinator, token_file, cacert)
+    raise typer.Exit(change(client, "pause", run, {"reason": reason}, as_json=as_json))
+
+
+@run_verbs.command("resume")
+def run_resume(
+    run: RunName = None,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a paused run.
+
+    Example: hedgerow run resume
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import change
+
+    client = Client(coordinator, token_file, cacert)
+    raise typer.Exit(change(client, "resume", run, {}, as_json=as_json))
+
+
+@run_verbs.command("stop")
+def run_stop(
+    run: RunName = None,
+    reason: Annotated[str, typer.Option(help="Kept in the run's row.")] = "stopped by hand",
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the run under way; what its closed rounds made stays.
+
+    Example: hedgerow run stop greenhouse-2 --reason "accurate enough"
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import change
+
+    client = Client(coordinator, token_file, cacert)
+    raise typer.Exit(change(client, "stop", run, {"reason": reason}, as_json=as_json))
+
+
+@run_verbs.command("list")
+def run_list(
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all runs, the newest first.
+
+    Example: hedgerow run list --coordinator https://laptop.lan:8080 --token-file token
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import show_all
+
+    raise typer.Exit(show_all(Client(coordinator, token_file, cacert), as_json=as_json))
+
+
+@run_verbs.command("show")
+def run_show(
+    run: RunName = None,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one run and its rounds: updates, accuracy, joules by kind, bytes, seconds.
+
+    Example: hedgerow run show greenhouse-2 --json
+    """
+    from hedgerow.client import Client
+    from hedgerow.run import show
+
+    raise typer.Exit(show(Client(coordinator, token_file, cacert), run, as_json=as_json))
 
 
 @app.command(context_settings=PASS_ON)

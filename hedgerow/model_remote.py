@@ -7,14 +7,9 @@ has pinned a model says so and keeps it.
 from __future__ import annotations
 
 import json
-import os
-import ssl
 import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,67 +20,15 @@ from coordinator.rollout.picture import ModelView, pictures
 from coordinator.store.sql import Store
 from foundation.errors import HedgerowError, SettingsError
 from foundation.words import unknown
+from hedgerow.client import Client
 from hedgerow.ledger import store_folder
 
 DONE, FAILED, WRONG = 0, 1, 2
-ADDRESS = "http://127.0.0.1:8080"
-TOKEN = "HEDGEROW_TOKEN"
-"""Variable with the API token, where one is asked for."""
-TIMEOUT_S = 30.0
 _LOOK_S = 0.3
-_LARGEST_ANSWER = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """Where a coordinator's API is, and how it is asked."""
-
-    address: str = ADDRESS
-    token_file: Path | None = None
-    cacert: Path | None = None
-
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return what a GET, or with `body` a POST, is answered.
-
-        Raises `SettingsError` for an address, token or authority that cannot be used, `HedgerowError` with
-        the coordinator's words, or where it does not answer.
-        """
-        url = f"{self.address.rstrip('/')}/api/v1/{path}"
-        if not url.startswith(("http://", "https://")):
-            raise SettingsError(f"{self.address} is no address of a coordinator: give one like {ADDRESS}")
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **self._token()})
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=self._context()) as answer:
-                return json.loads(answer.read(_LARGEST_ANSWER))
-        except urllib.error.HTTPError as error:
-            raise HedgerowError(_words(error)) from error
-        except (OSError, ValueError) as error:
-            raise HedgerowError(
-                f"the coordinator at {self.address} does not answer ({error}): is it running there, with"
-                " http.enabled? --coordinator names another address"
-            ) from error
-
-    def _token(self) -> dict[str, str]:
-        token = os.environ.get(TOKEN, "")
-        if self.token_file is not None:
-            try:
-                token = self.token_file.read_text("ascii").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"the token in {self.token_file} cannot be read: {error}") from error
-        return {"Authorization": f"Bearer {token}"} if token else {}
-
-    def _context(self) -> ssl.SSLContext | None:
-        if not self.address.startswith("https://"):
-            return None
-        try:
-            return ssl.create_default_context(cafile=self.cacert)
-        except OSError as error:
-            raise SettingsError(f"the authority in {self.cacert} cannot be used: {error}") from error
 
 
 def order(
-    api: Api,
+    api: Client,
     verb: Literal["pin", "unpin", "rollback"],
     devices: list[str],
     *,
@@ -117,7 +60,7 @@ def order(
     return FAILED if refused or told["problems"] else DONE
 
 
-def _answers(api: Api, orders: list[dict[str, Any]], wait_s: float) -> list[dict[str, Any]]:
+def _answers(api: Client, orders: list[dict[str, Any]], wait_s: float) -> list[dict[str, Any]]:
     """Return orders as they stand when all are answered, or the time is up."""
     found = {one["id"]: one for one in orders}
     deadline, said = time.monotonic() + wait_s, False
@@ -176,11 +119,3 @@ def _table(found: list[ModelView]) -> Table:
             view.state.replace("_", " ") + (f" by {view.pinned_by}" if view.pinned_by else ""),
         )
     return table
-
-
-def _words(error: urllib.error.HTTPError) -> str:
-    """Return what a problem says; its status where it says nothing."""
-    try:
-        return str(json.loads(error.read(65_536))["detail"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"the coordinator answered {error.code} {error.reason}"

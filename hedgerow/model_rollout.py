@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from foundation.errors import HedgerowError, SettingsError
-from hedgerow.model_remote import DONE, FAILED, WRONG, Api
+from hedgerow.client import Client
+from hedgerow.model_remote import DONE, FAILED, WRONG
 
 STATES = {
     "open": "under way",
@@ -21,17 +22,17 @@ STATES = {
 }
 
 
-def show(api: Api, *, last: int = 1, as_json: bool) -> int:
+def show(api: Client, *, last: int = 1, as_json: bool) -> int:
     """Print the newest rollouts, with every device of the newest; returns the exit code."""
-    return _said(lambda: api.ask(f"rollouts?limit={last}"), as_json=as_json)
+    return _said(lambda: api.ask("rollouts", query={"limit": last}), as_json=as_json)
 
 
-def go(api: Api, *, as_json: bool) -> int:
+def go(api: Client, *, as_json: bool) -> int:
     """Let the next ring go now, whatever it waits for; returns the exit code."""
     return _said(lambda: [api.ask("rollouts/go", {})], as_json=as_json)
 
 
-def stop(api: Api, reason: str, *, as_json: bool) -> int:
+def stop(api: Client, reason: str, *, as_json: bool) -> int:
     """Stop the rollout under way and roll its devices back; returns the exit code."""
     return _said(lambda: [api.ask("rollouts/stop", {"reason": reason})], as_json=as_json)
 

@@ -26,6 +26,7 @@ from coordinator.web.models import (
     Control,
     Health,
     Page,
+    PauseRun,
     Problem,
     RefusalView,
     RoundView,
@@ -70,6 +71,7 @@ def routes(store: Store, live: Live, control: Control, clock: Callable[[], float
     _add_runs(router, store)
     _add_lists(router, store)
     _add_control(router, store, live, control, clock)
+    _add_pause(router, store, live, control)
 
     @router.get("/healthz", tags=["health"], responses=problems(500))
     def healthz() -> Health:
@@ -82,7 +84,7 @@ def routes(store: Store, live: Live, control: Control, clock: Callable[[], float
 
 def _add_fleet(router: APIRouter, store: Store, live: Live) -> None:
     # Async, as the live picture belongs to the event loop; what reads the store goes to a thread.
-    @router.get(PREFIX + "/status", tags=["live"])
+    @router.get(PREFIX + "/status", tags=["live"], responses=problems(422))
     async def status(
         since: Annotated[int, Query(le=LARGEST, description="Only agents changed after this version.")] = -1,
     ) -> Status:
@@ -190,12 +192,6 @@ def _add_lists(router: APIRouter, store: Store) -> None:
 def _add_control(
     router: APIRouter, store: Store, live: Live, control: Control, clock: Callable[[], float]
 ) -> None:
-    async def standing(run: str) -> RunAnswer:
-        # The engine puts a run among the runs when its agents are there, as the model depends on them.
-        if not await asyncio.to_thread(store.has_run, run):
-            return RunAnswer(run=run, state="waiting")
-        return RunAnswer(run=run, state=(await asyncio.to_thread(store.run, run)).state)
-
     @router.post(PREFIX + "/runs", tags=["control"], status_code=202, responses=problems(403, 409, 422))
     async def start(request: StartRun) -> RunAnswer:
         """Begin a run; what is not given is as in the coordinator's settings."""
@@ -203,7 +199,7 @@ def _add_control(
         if await asyncio.to_thread(store.has_run, named.name):
             raise HTTPException(409, f"there is a run {named.name!r} already: choose another name")
         await control.start(named)
-        return await standing(named.name)
+        return await _standing(store, named.name)
 
     @router.post(PREFIX + "/runs/{run}/stop", tags=["control"], responses=problems(403, 404, 409, 422))
     async def stop(run: str, request: StopRun) -> RunAnswer:
@@ -212,8 +208,33 @@ def _add_control(
             await asyncio.to_thread(_known, store, run)
             raise HTTPException(409, f"run {run!r} is not the one under way")
         await control.stop(request.reason)
-        answer = await standing(run)
+        answer = await _standing(store, run)
         return answer if answer.state != "waiting" else RunAnswer(run=run, state="stopped")
+
+
+def _add_pause(router: APIRouter, store: Store, live: Live, control: Control) -> None:
+    @router.post(PREFIX + "/runs/{run}/pause", tags=["control"], responses=problems(403, 404, 409, 422))
+    async def pause(run: str, request: PauseRun) -> RunAnswer:
+        """Let the round under way end by its usual rules, and open no other until resumed."""
+        if live.snapshot(live.version).run != run:
+            await asyncio.to_thread(_known, store, run)
+        await control.pause(run, request.reason)
+        return await _standing(store, run)
+
+    @router.post(PREFIX + "/runs/{run}/resume", tags=["control"], responses=problems(403, 404, 409, 422))
+    async def resume(run: str) -> RunAnswer:
+        """Go on with a paused run."""
+        if live.snapshot(live.version).run != run:
+            await asyncio.to_thread(_known, store, run)
+        await control.resume(run)
+        return await _standing(store, run)
+
+
+async def _standing(store: Store, run: str) -> RunAnswer:
+    # The engine puts a run among the runs when its agents are there, as the model depends on them.
+    if not await asyncio.to_thread(store.has_run, run):
+        return RunAnswer(run=run, state="waiting")
+    return RunAnswer(run=run, state=(await asyncio.to_thread(store.run, run)).state)
 
 
 def _known(store: Store, run: str) -> RunRecord:

@@ -1,8 +1,13 @@
-"""What OpenAPI says beside the routes: errors as they are, and that a token may be asked for."""
+"""What OpenAPI says beside the routes: errors as they are, that a token may be asked for, and examples.
+
+The examples are what a filled coordinator answered; `python -m tests.coordinator.api_examples` asks it again.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,18 +22,22 @@ EVERYWHERE = {
     "500": "Something went wrong here; the coordinator's log has it.",
 }
 """Answers that the door and the handlers of errors give on any route of the API."""
+EXAMPLES = Path(__file__).with_name("examples.json")
+STREAM = "text/event-stream"
+JSON = "application/json"
 OPEN = "/healthz"
 """Asked for no token, and answered before anything could be wrong with one."""
 
 
 def describe(app: FastAPI) -> None:
-    """Make the description of `app` true about errors: FastAPI does not know who else answers."""
+    """Make the description of `app` true about errors, and give an example of every answer."""
     made: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             described = made()
             _correct(described)
+            _exemplify(described)
             app.openapi_schema = described
         return app.openapi_schema
 
@@ -62,3 +71,18 @@ def _operations(described: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
     for path, methods in described["paths"].items():
         for operation in methods.values():
             yield path, operation
+
+
+def _exemplify(described: dict[str, Any]) -> None:
+    for operation, example in json.loads(EXAMPLES.read_text("utf-8")).items():
+        method, _, path = operation.partition(" ")
+        found = described["paths"].get(path, {}).get(method.lower())
+        if found is not None:  # a coordinator without models has no addresses for them
+            _answer(found)["example"] = example
+
+
+def _answer(operation: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said of an operation's good answer."""
+    code = next(code for code in operation["responses"] if code.startswith("2"))
+    content: dict[str, dict[str, Any]] = operation["responses"][code]["content"]
+    return content[STREAM if STREAM in content else JSON]

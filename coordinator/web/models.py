@@ -116,6 +116,14 @@ class StopRun(Body):
     reason: str = Field("stopped by hand", min_length=1, max_length=500)
 
 
+class PauseRun(Body):
+    """Why a run is to pause."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "the power is needed elsewhere"}]})
+
+    reason: str = Field("paused by hand", min_length=1, max_length=500)
+
+
 class Control(Protocol):
     """What the web may ask of the engine. Errors of `foundation.errors` become problems with their words."""
 
@@ -128,6 +136,14 @@ class Control(Protocol):
 
     async def stop(self, reason: str) -> None:
         """End the run that is under way; raises `RoundError` when there is none."""
+        ...
+
+    async def pause(self, run: str, reason: str) -> None:
+        """Open no further round until `resume`; raises `RoundError` unless the run is running."""
+        ...
+
+    async def resume(self, run: str) -> None:
+        """Go on with a paused run; raises `RoundError` for one that is not."""
         ...
 
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Header, HTTPException, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from coordinator.live import Event, Listener, Live
+from coordinator.web.api import problems
 
 STATUS_EVERY_S = 1.0
 HEARTBEAT_S = 15
@@ -31,7 +32,10 @@ def routes(live: Live, *, status_every_s: float = STATUS_EVERY_S) -> APIRouter:
         "/api/v1/events",
         tags=["live"],
         response_class=EventSourceResponse,
-        responses={200: {"content": {"text/event-stream": {}}, "description": "A stream that does not end."}},
+        responses={
+            200: {"content": {"text/event-stream": {}}, "description": "A stream that does not end."},
+            **problems(400, 422),
+        },
     )
     async def events(
         last_event_id: Annotated[str | None, Header()] = None,

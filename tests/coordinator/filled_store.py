@@ -74,6 +74,16 @@ class Engine:
         if self.started and self.store.has_run(self.started[-1].name):
             self.store.set_run_state(self.started[-1].name, "stopped", reason)
 
+    async def pause(self, run: str, reason: str) -> None:
+        if self.store.run(run).state != "running":
+            raise RoundError(f"run {run!r} is {self.store.run(run).state}, not running")
+        self.store.set_run_state(run, "paused", reason)
+
+    async def resume(self, run: str) -> None:
+        if self.store.run(run).state != "paused":
+            raise RoundError(f"run {run!r} is {self.store.run(run).state}, not paused")
+        self.store.set_run_state(run, "running")
+
 
 def reading(kind: Kind, joules: float, seconds: float) -> EnergyReading:
     if kind is Kind.NONE:

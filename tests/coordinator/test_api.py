@@ -217,6 +217,20 @@ async def test_a_run_is_started_and_stopped(house: House) -> None:
     assert (await house.client.post("/api/v1/runs/nobody/stop", json={})).status_code == 404
 
 
+async def test_a_run_is_paused_and_resumed(full: House) -> None:
+    path = "/api/v1/runs/greenhouse-1"
+    paused = await full.client.post(f"{path}/pause", json={"reason": "a storm"})
+    assert paused.json() == {"run": "greenhouse-1", "state": "paused"}
+    row = (await full.client.get(path)).json()
+    assert (row["state"], row["reason"]) == ("paused", "a storm")
+    again = await full.client.post(f"{path}/pause", json={})
+    assert (again.status_code, again.json()["detail"]) == (409, "run 'greenhouse-1' is paused, not running")
+    assert (await full.client.post(f"{path}/resume")).json()["state"] == "running"
+    assert (await full.client.post(f"{path}/resume")).status_code == 409
+    for verb in ("pause", "resume"):
+        assert (await full.client.post(f"/api/v1/runs/nobody/{verb}", json={})).status_code == 404
+
+
 async def test_a_run_that_still_waits_for_agents_can_be_stopped(house: House) -> None:
     await house.client.post("/api/v1/runs", json={"name": "early"})
     answer = await house.client.post("/api/v1/runs/early/stop", json={})
@@ -288,6 +302,8 @@ async def test_openapi_tells_of_every_route(house: House) -> None:
         "/api/v1/runs/{run}/rounds/{n}/updates",
         "/api/v1/runs/{run}/updates",
         "/api/v1/runs/{run}/stop",
+        "/api/v1/runs/{run}/pause",
+        "/api/v1/runs/{run}/resume",
         "/api/v1/artifacts",
         "/api/v1/refusals",
         "/api/v1/quarantine",

@@ -34,6 +34,12 @@ class Control:
     async def start(self, request: StartRun) -> None:
         self.done.append("start")
 
+    async def pause(self, run: str, reason: str) -> None:
+        raise AssertionError
+
+    async def resume(self, run: str) -> None:
+        raise AssertionError
+
     async def stop(self, reason: str) -> None:
         self.done.append("stop")
 

@@ -31,7 +31,7 @@ from coordinator.rollout.steward import Steward
 from coordinator.roster import Roster
 from coordinator.settings import CoordinatorSettings, HomeAssistantSettings, RolloutSettings
 from coordinator.strategies.base import available, load_strategy
-from coordinator.web.models import StartRun, StopRun
+from coordinator.web.models import PauseRun, StartRun, StopRun
 from edge_agent.datasets import load as load_data
 from edge_agent.energy.sensor import find_sensors
 from edge_agent.samples import COMMON, KEYS, DataSettings
@@ -255,6 +255,8 @@ def web() -> FastAPI:
     class Nobody:
         async def start(self, request: StartRun) -> None: ...
         async def stop(self, reason: str) -> None: ...
+        async def pause(self, run: str, reason: str) -> None: ...
+        async def resume(self, run: str) -> None: ...
 
     async def nobody(agent: str, body: bytes) -> None: ...
 
@@ -281,7 +283,8 @@ def test_addresses_exist(words: list[str], web: FastAPI) -> None:
     ]
     assert any(re.fullmatch(pattern, path) for pattern in known)
     if "-d" in words:
-        model = StopRun if path.endswith("/stop") else StartRun
+        bodies = {"stop": StopRun, "pause": PauseRun, "resume": StopRun}
+        model = bodies.get(path.rpartition("/")[2], StartRun)
         model.model_validate_json(words[words.index("-d") + 1])
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.strategies.base import available
 from edge_agent.samples import LocalData
+from foundation.errors import RoundError
 from foundation.transport import MemoryBroker
 from tests.fleet import fleet, memory, run_settings
 from tests.toys import SPEC, same, toy_data
@@ -75,6 +76,42 @@ async def test_a_coordinator_cut_off_in_a_round_resumes_it(tmp_path: Path) -> No
         assert whole.state().to_bytes() == expected
         assert whole.store is not None
         assert [len(whole.store.updates("r", n)) for n in (1, 2, 3)] == [3, 3, 3]
+
+
+async def test_a_paused_run_ends_its_round_and_stays_paused_over_a_restart(tmp_path: Path) -> None:
+    expected = await _unbroken(tmp_path / "a")
+    async with fleet(tmp_path / "b", memory(MemoryBroker())) as whole, asyncio.timeout(30):
+
+        def states() -> list[tuple[int, str]]:
+            assert whole.store is not None
+            return [(r.round, r.state) for r in whole.store.rounds("r")]
+
+        async def rests() -> None:
+            while whole.engine is None or whole.engine.live.snapshot().phase != "paused":
+                await asyncio.sleep(0.002)
+
+        while whole.store is None or not whole.store.has_run("r") or not states():
+            await asyncio.sleep(0.002)
+        assert whole.engine is not None
+        await whole.engine.pause("r", "a storm")
+        with pytest.raises(RoundError, match="is paused, not running"):
+            await whole.engine.pause("r", "again")
+        await rests()
+        before = states()
+        assert {state for _, state in before} == {"closed"}
+        assert len(before) < 3
+        assert (whole.store.run("r").state, whole.store.run("r").reason) == ("paused", "a storm")
+        await whole.cut("coordinator")
+        whole.engine = None
+        whole.start("coordinator")
+        await rests()
+        assert states() == before
+        assert whole.store.run("r").state == "paused"
+        await whole.engine.resume("r")
+        assert await whole.finished() == "finished"
+        assert whole.state().to_bytes() == expected
+        with pytest.raises(RoundError, match="is not the one in progress"):
+            await whole.engine.pause("r", "too late")
 
 
 async def test_without_a_snapshot_the_updates_since_make_the_state_again(tmp_path: Path) -> None:
