@@ -18,13 +18,13 @@ from statistics import median
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from export.cut import cut
 from export.graph import OPSET, build
 from export.package import export_artifact
 from export.proof import open_session
+from export.runtime import ort
 from export.verify import attention_runs
 from foundation.artifact import Probe
 from foundation.errors import ExportError

@@ -45,7 +45,7 @@ from typing import Any
 
 import psutil
 
-from bench.fleet import flat
+from bench.fleet_ours import flat
 from bench.thousand_agents import more_files
 from foundation.parameters import layout_size
 from foundation.process import bound_to_parent

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from export.form import opset_of
+from export.runtime import ort, ort_errors
 from foundation.artifact import Probe
 from foundation.errors import ExportError, ProofFailed
 from foundation.parameters import Array

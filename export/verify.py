@@ -9,12 +9,12 @@ from statistics import median
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from export import form
 from export.graph import INPUT, LOGITS, PROBABILITIES
 from export.proof import LARGEST_BATCH, RUNTIME_ERRORS, Parity, answers, open_session, prove
+from export.runtime import ort
 from foundation.artifact import Probe
 from foundation.errors import ProofFailed
 from foundation.memory import give_back

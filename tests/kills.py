@@ -115,9 +115,7 @@ def _read(place: Path) -> Artifact:
 
 
 def _main() -> None:
-    import onnxruntime  # noqa: F401 - loaded once, for all
-
-    import edge_agent.serving.predictor  # noqa: F401
+    import edge_agent.serving.predictor  # noqa: F401 - loaded once, for all, onnxruntime with it
 
     for line in sys.stdin:
         what, at, vault, *artifacts = line.rstrip("\n").split("\t")

@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_agent.serving.optimized import Forms, Head
 from export.folder import load_artifact
 from export.proof import RUNTIME_ERRORS, Parity, open_session, prove
+from export.runtime import ort
 from export.sign import Keys
 from foundation.artifact import Manifest, Probe
 from foundation.errors import DataError, ExportError, ProofFailed

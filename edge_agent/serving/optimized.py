@@ -22,11 +22,11 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, TypeAlias
 
-import onnxruntime as ort
 from pydantic import Field, ValidationError
 
 from export.folder import LARGEST_FILE_BYTES, MODEL, update
 from export.proof import open_session
+from export.runtime import ort
 from export.sign import DEVICE_KEY, DeviceKey, Keys
 from foundation.errors import ExportError
 from foundation.frozen import Frozen

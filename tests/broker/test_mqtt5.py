@@ -53,7 +53,7 @@ async def test_a_version_the_broker_has_not_is_said(tmp_path: Path) -> None:
 async def test_what_the_broker_takes_bounds_what_is_sent(run_broker: RunBroker) -> None:
     port = run_broker("mosquitto", OPEN + "max_packet_size 20000\nmax_inflight_messages 3\n")
     async with MqttTransport(MqttSettings(port=port), "a") as a:
-        assert a.limits == BrokerLimits("5", packet_bytes=20_000, receive=3)
+        assert a.limits == BrokerLimits("5", packet_bytes=20_000, receive=3, shares=True)
         assert a.max_body_bytes == 20_000 - PACKET_ROOM - TOPIC_ROOM
         assert a.window == 3
         letters = await a.subscribe("x")

@@ -29,8 +29,9 @@ def chromium() -> str | None:
     return told or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Not longer than a module: as long as it is there, this thread has an event loop that runs."""
     program = chromium()
     if program is None:
         pytest.skip("no chromium on this machine: apt-get install chromium, or set HEDGEROW_CHROMIUM")

@@ -53,7 +53,7 @@ def test_a_page_keeps_the_laws_of_pages(reader: Reader, path: str) -> None:
     page.emulate_media(color_scheme="dark")
     assert grave(page) == []
     page.set_viewport_size(PHONE)
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    until(lambda: page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], 10, 0.1)
     assert reader.complaints == []
 
 
