@@ -59,6 +59,7 @@ async def coordinator(folder: Path) -> AsyncIterator[Coordinator]:
                 store, live, Engine(store, live), models=steward, tokens=tokens, records=FleetRecords(store)
             )
             listening.bind(("127.0.0.1", 0))
+            listening.listen()
             server = uvicorn.Server(uvicorn.Config(web, log_config=None, lifespan="off"))
             serving = asyncio.create_task(server._serve([listening]))
             try:

@@ -83,7 +83,7 @@ def gate(count: int) -> list[threading.Event]:
 
 def late_run(**more: object) -> RunSettings:
     """Rounds that close without the slowest: two of three are a quorum, and the deadline is near."""
-    return run_settings(**(FEDAVG | {"quorum": 0.6, "deadline_s": 2.0, "rounds": 3, "stale": 0.5} | more))
+    return run_settings(**(FEDAVG | {"quorum": 0.6, "deadline_s": 5.0, "rounds": 3, "stale": 0.5} | more))
 
 
 async def test_a_late_update_is_merged_once_with_less_weight(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ async def test_without_the_setting_a_late_update_is_refused_by_name(tmp_path: Pa
 async def test_a_coordinator_killed_with_a_late_update_in_hand_merges_it_once(tmp_path: Path) -> None:
     gates = Gates({"d2": gate(1), "d1": gate(3)})
     gates.shut["d1"][0].set()
-    run = late_run(rounds=4, snapshot_every=4, deadline_s=4.0)
+    run = late_run(rounds=4, snapshot_every=4, deadline_s=6.0)
     async with three(tmp_path, gates, run) as whole:
         await until(lambda: is_open(whole, 2))
         gates.shut["d2"][0].set()
