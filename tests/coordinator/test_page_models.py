@@ -9,7 +9,7 @@ import pytest
 from coordinator.store.rollouts import Member
 from coordinator.web.pages.models import Ring, rings
 from tests.coordinator.filled_store import a_manifest
-from tests.coordinator.test_pages import Visit, read, visit  # noqa: F401
+from tests.coordinator.visiting import Visit, read
 
 
 def test_rings_count_who_serves() -> None:
@@ -24,7 +24,7 @@ def test_rings_count_who_serves() -> None:
 
 
 @pytest.mark.anyio
-async def test_older_models_are_on_further_pages(visit: Visit) -> None:  # noqa: F811
+async def test_older_models_are_on_further_pages(visit: Visit) -> None:
     for number in range(1, 131):
         visit.store.add_artifact(a_manifest(0, number))
     seen: list[str] = []

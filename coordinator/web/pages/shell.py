@@ -7,6 +7,7 @@ figures carry their units, and what is not known is a dash.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -97,6 +98,7 @@ def plotly_script() -> Path | None:
     return None
 
 
+@functools.cache  # compiling them takes longer than a page
 def _templates() -> Environment:
     loader = FileSystemLoader(HERE / "templates")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
