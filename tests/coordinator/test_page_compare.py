@@ -12,7 +12,7 @@ from coordinator.fleet.records import FleetRecords
 from coordinator.strategies.base import State
 from coordinator.web.pages.neighbours import chart, embeddings, mapped
 from foundation.parameters import Parameters
-from tests.coordinator.filled_store import AGENTS, fill, finish
+from tests.coordinator.filled_store import AGENTS, a_state, fill, finish
 from tests.coordinator.visiting import Visit, read
 
 pytestmark = pytest.mark.anyio
@@ -57,6 +57,18 @@ async def test_devices_near_each_other_are_neighbours(bare: Visit, shown: Visit)
     assert "vps-1 new to the run" in told
     assert re.search(r"The map shows \d+ % of the variance of 8 numbers", told)
     assert "goes by" not in told
+
+
+async def test_a_map_is_drawn_once_for_every_state(filled: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_from, decode = list[bytes](), State.from_bytes
+    monkeypatch.setattr(State, "from_bytes", lambda body: (read_from.append(body), decode(body))[1])
+    for _ in range(2):
+        assert "after round 5" in read(await filled.get("/neighbours"))
+        assert "after round 5" in read(await filled.get("/parts/neighbours"))
+    assert len(read_from) == 1
+    filled.store.close_round("greenhouse-1", 6, a_state(6), {})
+    assert "after round 6" in read(await filled.get("/parts/neighbours"))
+    assert len(read_from) == 2
 
 
 async def test_a_strategy_without_a_hypernetwork_has_no_map(visit: Visit) -> None:
@@ -132,7 +144,7 @@ async def test_a_run_is_started_from_the_overview_when_somebody_is_there(bare: V
     page = await filled.get()
     assert asked in page
     assert "<option>pfl_tpp</option>" in page
-    assert "pause-run" not in page, "this application has no route that pauses"
+    assert "pause-run" not in page, "it is over"
     for agent in AGENTS:
         filled.live.presence(agent, online=False)
     assert asked not in await filled.get()

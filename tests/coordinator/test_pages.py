@@ -9,8 +9,10 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
+from coordinator.fleet.tokens import ApiTokens, Role
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web.pages import overview, shell, words
@@ -18,7 +20,7 @@ from coordinator.web.pages.seen import SeenRounds
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Telemetry, Unavailable
 from foundation.spec import ModelSpec
-from tests.coordinator.filled_store import NOON, SPEC, Clock, fill
+from tests.coordinator.filled_store import NOON, SPEC, Clock, fill, furnished, joined, with_models
 from tests.coordinator.visiting import Outline, Prepared, Visit, read
 
 
@@ -67,6 +69,61 @@ async def test_a_run_can_be_stopped_from_the_page_while_it_is_under_way(filled: 
     assert answer.status_code == 200
     filled.live.phase("greenhouse-1", 6, 10, "stopped")
     assert asked not in await filled.get()
+
+
+@pytest.mark.anyio
+async def test_a_run_is_paused_and_resumed_as_it_stands(filled: Visit) -> None:
+    def buttons(page: str) -> set[str]:
+        return set(re.findall(r'data-send="POST /api/v1/runs/greenhouse-1/(\w+)"', page))
+
+    assert buttons(await filled.get()) == {"pause", "stop"}
+    answer = await filled.client.post("/api/v1/runs/greenhouse-1/pause", json={"reason": "harvest"})
+    assert answer.status_code == 200
+    page = await filled.get()
+    assert buttons(page) == {"resume", "stop"}
+    assert "collecting pauses when round 6 has ended: harvest" in read(page)
+    filled.live.phase("greenhouse-1", 7, 10, "paused")
+    page = await filled.get("/parts/overview/now")
+    assert buttons(page) == {"resume", "stop"}
+    assert "greenhouse-1 paused harvest" in read(page)
+    assert "Time left –" in read(page)
+    assert (await filled.client.post("/api/v1/runs/greenhouse-1/resume", json={})).status_code == 200
+    filled.live.phase("greenhouse-1", 7, 10, "planning")
+    page = await filled.get()
+    assert buttons(page) == {"pause", "stop"}
+    assert "harvest" not in read(page)
+    filled.live.phase("greenhouse-2", 0, 10, "waiting for agents")
+    page = await filled.get()
+    assert 'data-ask="stop-run"' in page
+    assert 'data-ask="pause-run"' not in page, "it is not among the runs before its agents are there"
+
+
+@pytest.mark.anyio
+async def test_what_changes_things_is_shown_to_operators_alone(filled: Visit, tmp_path: Path) -> None:
+    joined(filled.store, "jetson-barn")
+    filled.store.upsert_agent(with_models(0), NOON)
+    tokens = ApiTokens(filled.store, clock=filled.clock)
+    app = furnished(filled.store, filled.live, filled.clock, tmp_path, tokens)
+    there = ("/", "/fleet", "/fleet/jetson-barn")
+    seen: dict[str, list[str]] = {}
+    roles: tuple[Role, ...] = ("viewer", "operator")
+    for role in roles:
+        headers = {"Authorization": f"Bearer {tokens.make(role, role, expires_s=None)}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers) as client:
+            filled.live.phase("greenhouse-1", 6, 10, "collecting")
+            seen[role] = [(await client.get(path)).text for path in (*there, *PAGES)]
+            filled.live.phase("greenhouse-1", 10, 10, "finished")
+            seen[role].append((await client.get("/")).text)
+    for page in seen["viewer"]:
+        assert "data-send" not in page
+        assert "data-ask" not in page
+        assert "You look as a viewer" in read(page)
+    offered = set(re.findall(r'data-send="POST ([^"]+)"', " ".join(seen["operator"])))
+    ends = ("stop", "pause", "runs", "invites", "revoke", "pin", "unpin", "rollback")
+    assert {address.rpartition("/")[2] for address in offered} == set(ends)
+    assert not any("You look as a viewer" in page for page in seen["operator"])
+    assert "An operator begins a run" not in read(await filled.get("/")), "on loopback everybody is one"
 
 
 @pytest.mark.anyio
