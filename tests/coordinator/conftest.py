@@ -12,13 +12,18 @@ from tests.coordinator.visiting import Prepared, Visit, visiting
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return Prepared(tmp_path_factory.mktemp("prepared"))
+    return Prepared(tmp_path_factory.mktemp("prepared"), filled=True)
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("begun"), filled=False)
 
 
 @pytest.fixture
-def visit(tmp_path: Path) -> Iterator[Visit]:
+def visit(tmp_path: Path, begun: Prepared) -> Iterator[Visit]:
     """Nobody is here yet."""
-    with visiting(tmp_path / "bare") as visit:
+    with visiting(tmp_path / "bare", begun) as visit:
         yield visit
 
 
@@ -30,9 +35,9 @@ def filled(tmp_path: Path, prepared: Prepared) -> Iterator[Visit]:
 
 
 @pytest.fixture(scope="session")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+def bare(tmp_path_factory: pytest.TempPathFactory, begun: Prepared) -> Iterator[Visit]:
     """As `visit`, for tests that look and change nothing: they share it."""
-    with visiting(tmp_path_factory.mktemp("bare")) as visit:
+    with visiting(tmp_path_factory.mktemp("bare"), begun) as visit:
         yield visit
 
 

@@ -65,12 +65,13 @@ class Visit:
 
 
 class Prepared:
-    """A store as `fill` leaves it, written once: every test has a copy, as writing takes a while."""
+    """A store, empty or as `fill` leaves it, written once; every test has a copy, as writing takes long."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, clock = folder, Clock()
+    def __init__(self, folder: Path, filled: bool) -> None:
+        self.filled, self._folder, clock = filled, folder, Clock()
         with Store.open(folder, clock=clock) as store:
-            fill(store, clock)
+            if filled:
+                fill(store, clock)
         self._now = clock.now
 
     def copy(self, folder: Path, clock: Clock) -> None:
@@ -80,14 +81,13 @@ class Prepared:
 
 
 @contextmanager
-def visiting(folder: Path, prepared: Prepared | None = None) -> Iterator[Visit]:
-    """Open the application over an empty store, or over a prepared one whose agents are at work."""
+def visiting(folder: Path, prepared: Prepared) -> Iterator[Visit]:
+    """Open the application over a copy; the agents of a filled one are at work."""
     clock = Clock()
-    if prepared is not None:
-        prepared.copy(folder, clock)
+    prepared.copy(folder, clock)
     with Store.open(folder, clock=clock) as store:
         live = Live(store, clock=clock, monotonic=clock)
-        if prepared is not None:
+        if prepared.filled:
             enliven(live, clock)
         app = furnished(store, live, clock, folder)
         transport = httpx.ASGITransport(app)  # it holds no connection that would have to be closed
