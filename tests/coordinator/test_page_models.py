@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,24 @@ def test_rings_count_who_serves() -> None:
     ]
     assert rings(members, 1) == [Ring(1, 1, 1, True), Ring(2, 1, 2, True), Ring(3, 0, 1, False)]
     assert rings([], 0) == []
+
+
+@pytest.mark.anyio
+async def test_rings_are_let_go_and_stopped_by_dialogs_and_who_fell_is_named(filled: Visit) -> None:
+    filled.store.begin_rollout("greenhouse-1", 5, [["jetson-barn"], ["pi-kitchen", "pi-greenhouse"]])
+    first = next(m for m in filled.store.members("greenhouse-1", 5) if m.ring == 0)
+    filled.store.change_member(replace(first, state="rolled_back", reason="slower than before"))
+    page = await filled.get("/models")
+    told = read(page)
+    assert "Ring 1 0 of 1 serve it" in told
+    assert "Ring 2 0 of 2 serve it, not let go yet" in told
+    assert "jetson-barn , ring 1: rolled back: slower than before" in told
+    assert re.findall(r'data-send="POST /api/v1/rollouts/(\w+)"', page) == ["go", "stop"]
+    (rollout,) = filled.store.rollouts()
+    filled.store.change_rollout(replace(rollout, state="stopped", reason="enough"))
+    page = await filled.get("/parts/models")
+    assert "stopped: enough" in read(page)
+    assert "data-send" not in page
 
 
 @pytest.mark.anyio

@@ -242,8 +242,10 @@ async def test_parts_are_pieces_of_their_page(shown: Visit, address: str) -> Non
         told = await shown.get(html.unescape(part))
         assert told.strip() in page
         # The script replaces innermost pieces with an id, so what holds another must not change itself.
-        holders = {outer for outer, _ in Outline(told).nested}
-        assert holders <= {"fleet-table"}
+        outline = Outline(told)
+        assert {outer for outer, _ in outline.nested} <= {"fleet-table"}
+        assert outline.ids
+        assert outline.loose == ""
 
 
 @pytest.mark.anyio

@@ -29,6 +29,8 @@ class Outline(HTMLParser):
         self.nested: set[tuple[str, str]] = set()
         self.loads: list[str] = []
         self.tags: set[str] = set()
+        self.loose = ""
+        """Text outside of all pieces with an id, which the script would not put in place."""
         self.feed(page)
         assert self.open == []
 
@@ -44,6 +46,10 @@ class Outline(HTMLParser):
             self.outer.append(name)
         self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
         assert not any(name.startswith("on") for name in told), "no scripts in attributes"
+
+    def handle_data(self, data: str) -> None:
+        if not any(self.outer):
+            self.loose += data.strip()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
