@@ -38,7 +38,7 @@ async def test_rings_are_let_go_and_stopped_by_dialogs_and_who_fell_is_named(fil
     (rollout,) = filled.store.rollouts()
     filled.store.change_rollout(replace(rollout, state="stopped", reason="enough"))
     page = await filled.get("/parts/models")
-    assert "stopped: enough" in read(page)
+    assert "Stopped: enough" in read(page)
     assert "data-send" not in page
 
 
