@@ -353,6 +353,14 @@ class Store(PlugVerbs, RolloutVerbs, ArrivalVerbs):
             # Read inside the transaction: a round that closes meanwhile may release this very blob.
             return None if row is None else (row.round, self._blobs.get(row.sha256))
 
+    def state_round(self, run: str) -> int | None:
+        """Return the round whose state `latest_state` has, without reading it; `None` before any."""
+        table = schema.states
+        query = sa.select(sa.func.max(table.c.round)).where(table.c.run == run)
+        with self._reading() as connection:
+            found: int | None = connection.execute(query).scalar_one()
+            return found
+
     # Updates
 
     def add_update(self, run: str, round: int, agent: str, frame: bytes, summary: Json) -> bool:

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.tokens import ApiToken, ApiTokens
 from coordinator.web import api
+from coordinator.web.asker import LOOKS_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Door:
         if request.url.path == "/login" and self._tokens is not None:
             await (await self._login(request, address))(scope, receive, send)
             return
+        LOOKS_ONLY.set(False)  # the server may answer several requests in one context
         who, refused = await self._who(request, address)
         if refused is not None:
             await refused(scope, receive, send)
@@ -116,6 +118,7 @@ class Door:
             return "", self._told(
                 request, 403, f"{token.name} may look and not change: that takes an operator"
             )
+        LOOKS_ONLY.set(token.role != "operator")
         return token.name, None
 
     async def _found(self, given: str, address: str) -> tuple[ApiToken | None, float]:

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 WITHIN_MS = 60_000
 RUN = "watched"
+SECOND = "second"
 PATHS = [place.path for place in PLACES] + [f"/fleet/{AGENTS[0]}", f"/runs/{RUN}/rounds/1"]
 BUDGET_BYTES = 300_000
 GRAVE = {"serious", "critical"}
@@ -146,4 +147,54 @@ def test_a_run_is_stopped_by_the_keyboard_alone_and_asks_first(reader: Reader, w
     )
     until(lambda: watched.api(f"runs/{RUN}")["state"] == "stopped", 60, 0.1)
     assert "seen enough" in watched.api(f"runs/{RUN}")["reason"]
+    assert reader.complaints == []
+
+
+def test_a_run_is_started_paused_and_resumed_from_the_page(reader: Reader, watched: Watched) -> None:
+    page, slow = reader.open("/"), AGENTS[2]
+    held(page)
+    dialog, phase = page.get_by_role("dialog"), page.locator("#now-head .phase")
+    watched.processes.pause(slow)  # so that the first round stays open
+    page.get_by_role("button", name="Start a run").click()
+    for label, value in {"Name": SECOND, "Rounds": "2", "Rounds between models": "1"}.items():
+        dialog.get_by_label(label, exact=True).fill(value)
+    dialog.get_by_role("button", name="Start it").click()
+    expect(page.locator("#now-head h1")).to_have_text(SECOND, timeout=WITHIN_MS)
+    page.get_by_role("button", name="Pause the run").click(timeout=WITHIN_MS)
+    dialog.get_by_label("Why").fill("harvest")
+    page.keyboard.press("Enter")
+    expect(page.locator("#now-head")).to_contain_text("pauses when round 1 has ended: harvest")
+    watched.processes.go_on(slow)
+    expect(phase).to_have_text("paused", timeout=WITHIN_MS)
+    assert watched.api(f"runs/{SECOND}")["state"] == "paused"
+    page.get_by_role("button", name="Resume the run").click()
+    dialog.get_by_role("button", name="Resume it").click()
+    expect(phase).to_have_text("finished", timeout=WITHIN_MS)
+    assert [r["updates"] for r in watched.api(f"runs/{SECOND}/rounds")["items"]] == [3, 3]
+    assert reader.complaints == []
+
+
+def test_a_model_is_rolled_back_and_another_pinned_from_the_devices_page(reader: Reader) -> None:
+    page = reader.open("/fleet")
+    dialog = page.get_by_role("dialog")
+    page.get_by_role("link", name=AGENTS[0], exact=True).click()
+    expect(page.locator("h1")).to_have_text(AGENTS[0])
+    expect(page.locator("#device-made tbody tr")).to_have_count(2, timeout=WITHIN_MS)
+    page.get_by_role("button", name="Roll back").click()
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(dialog.get_by_role("status")).to_have_text("no model serves on it: name one")
+    for verb, button, number, answer in (
+        ("rollback", "Roll back", 2, "serves again"),
+        ("pin", "Pin it", 1, "pinned round 1"),
+    ):
+        if verb == "pin":
+            page.get_by_role("button", name="Pin a model").click()
+        option = dialog.locator("option", has_text=f"round {number},")
+        dialog.get_by_label("Model").select_option(option.get_attribute("value"))
+        dialog.get_by_label("Why").fill("wrong at night")
+        dialog.get_by_role("button", name=button).click()
+        expect(dialog).to_be_hidden()
+        newest = page.locator("#device-orders li").first
+        expect(newest).to_contain_text(re.compile(f"{verb} .*, done: .*{answer}"), timeout=WITHIN_MS)
+    expect(page.locator("#device-made")).to_contain_text("rolled back")
     assert reader.complaints == []

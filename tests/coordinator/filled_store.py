@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from coordinator.app import create_app
 from coordinator.fleet.desk import Desk
 from coordinator.fleet.records import FleetRecords
+from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.report import update_summary
 from coordinator.rollout.steward import Steward
@@ -239,7 +240,9 @@ def enliven(live: Live, clock: Callable[[], float], rounds: int = 5, run: str = 
         )
 
 
-def furnished(store: Store, live: Live, clock: Callable[[], float], folder: Path) -> FastAPI:
+def furnished(
+    store: Store, live: Live, clock: Callable[[], float], folder: Path, tokens: ApiTokens | None = None
+) -> FastAPI:
     """Return the application with all that a coordinator gives it: a steward, a desk, settings."""
 
     async def send(agent: str, body: bytes) -> None:
@@ -257,6 +260,7 @@ def furnished(store: Store, live: Live, clock: Callable[[], float], folder: Path
         models=Steward(RolloutSettings(), store=store, live=live, roster=Roster(), send=send),
         desk=Desk(s, records),
         settings=settings.rows(s, {"folder": "--set folder", "mqtt.password": "COORDINATOR__MQTT__PASSWORD"}),
+        tokens=tokens,
         records=records,
         clock=clock,
     )

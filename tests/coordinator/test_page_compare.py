@@ -12,19 +12,18 @@ from coordinator.fleet.records import FleetRecords
 from coordinator.strategies.base import State
 from coordinator.web.pages.neighbours import chart, embeddings, mapped
 from foundation.parameters import Parameters
-from tests.coordinator.filled_store import AGENTS, enliven, fill, finish
-from tests.coordinator.test_pages import Visit, read, visit  # noqa: F401
+from tests.coordinator.filled_store import AGENTS, a_state, fill, finish
+from tests.coordinator.visiting import Visit, read
 
 pytestmark = pytest.mark.anyio
-STATELESS = State(6, Parameters({"model/head": np.ones(2, np.float32)})).to_bytes()
+STATELESS = State(2, Parameters({"model/head": np.ones(2, np.float32)})).to_bytes()
 
 
-async def test_finished_runs_stand_side_by_side(visit: Visit) -> None:  # noqa: F811
-    assert "No run has finished yet" in read(await visit.get("/compare"))
-    finish(visit.store, visit.clock, "one", "fedavg")
-    finish(visit.store, visit.clock, "two", "fedtp", rounds=5)
-    fill(visit.store, visit.clock)
-    page = await visit.get("/compare")
+async def test_finished_runs_stand_side_by_side(bare: Visit, filled: Visit) -> None:
+    assert "No run has finished yet" in read(await bare.get("/compare"))
+    finish(filled.store, filled.clock, "one", "fedavg")
+    finish(filled.store, filled.clock, "two", "fedtp", rounds=5)
+    page = await filled.get("/compare")
     told = read(page)
     assert "one fedavg, seed 7" in told
     assert "two fedtp, seed 7" in told
@@ -39,22 +38,20 @@ async def test_finished_runs_stand_side_by_side(visit: Visit) -> None:  # noqa: 
     assert all(kind == badge and bool(about) == (kind == "modelled") for kind, about, badge in figures)
 
 
-async def test_runs_to_compare_are_chosen_by_query(visit: Visit) -> None:  # noqa: F811
-    finish(visit.store, visit.clock, "one")
-    finish(visit.store, visit.clock, "two")
-    fill(visit.store, visit.clock)
-    page = await visit.get("/compare?run=one&run=greenhouse-1&run=one")
+async def test_runs_to_compare_are_chosen_by_query(filled: Visit) -> None:
+    finish(filled.store, filled.clock, "one", rounds=1)
+    finish(filled.store, filled.clock, "two", rounds=1)
+    page = await filled.get("/compare?run=one&run=greenhouse-1&run=one")
     assert re.findall(r'<th scope="row"><a href="/\?run=([^"]+)"', page) == ["one", "greenhouse-1"]
     assert 'value="one" checked' in page
     assert 'value="two">' in page
-    assert (await visit.client.get("/compare?run=nobody")).status_code == 404
-    assert (await visit.client.get("/compare?" + "run=one&" * 9)).status_code == 422
+    assert (await filled.client.get("/compare?run=nobody")).status_code == 404
+    assert (await filled.client.get("/compare?" + "run=one&" * 9)).status_code == 422
 
 
-async def test_devices_near_each_other_are_neighbours(visit: Visit) -> None:  # noqa: F811
-    assert "No run has begun" in read(await visit.get("/neighbours"))
-    fill(visit.store, visit.clock)
-    page = await visit.get("/neighbours")
+async def test_devices_near_each_other_are_neighbours(bare: Visit, shown: Visit) -> None:
+    assert "No run has begun" in read(await bare.get("/neighbours"))
+    page = await shown.get("/neighbours")
     told = read(page)
     assert re.search(r"jetson-barn pi-greenhouse 0\.283 ,", told)
     assert "vps-1 new to the run" in told
@@ -62,11 +59,23 @@ async def test_devices_near_each_other_are_neighbours(visit: Visit) -> None:  # 
     assert "goes by" not in told
 
 
-async def test_a_strategy_without_a_hypernetwork_has_no_map(visit: Visit) -> None:  # noqa: F811
-    fill(visit.store, visit.clock, strategy="fedavg")
-    visit.store.close_round("greenhouse-1", 6, STATELESS, {})
+async def test_a_map_is_drawn_once_for_every_state(filled: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_from, decode = list[bytes](), State.from_bytes
+    monkeypatch.setattr(State, "from_bytes", lambda body: (read_from.append(body), decode(body))[1])
+    for _ in range(2):
+        assert "after round 5" in read(await filled.get("/neighbours"))
+        assert "after round 5" in read(await filled.get("/parts/neighbours"))
+    assert len(read_from) == 1
+    filled.store.close_round("greenhouse-1", 6, a_state(6), {})
+    assert "after round 6" in read(await filled.get("/parts/neighbours"))
+    assert len(read_from) == 2
+
+
+async def test_a_strategy_without_a_hypernetwork_has_no_map(visit: Visit) -> None:
+    fill(visit.store, visit.clock, rounds=1, strategy="fedavg")
+    visit.store.close_round("greenhouse-1", 2, STATELESS, {})
     told = read(await visit.get("/neighbours"))
-    assert "goes by fedavg , which has no embeddings after round 6" in told
+    assert "goes by fedavg , which has no embeddings after round 2" in told
     assert (await visit.client.get("/neighbours?run=nobody")).status_code == 404
 
 
@@ -103,8 +112,8 @@ def test_chunked_embeddings_count_by_their_mean() -> None:
     assert {name: row.tolist() for name, row in found.items()} == {"a": [1.0, 3.0]}
 
 
-async def test_settings_say_where_they_came_from_and_hide_secrets(visit: Visit) -> None:  # noqa: F811
-    page = await visit.get("/settings")
+async def test_settings_say_where_they_came_from_and_hide_secrets(bare: Visit) -> None:
+    page = await bare.get("/settings")
     told = read(page)
     assert "keep this to yourself" not in page
     assert re.search(r"mqtt\.password \S+ COORDINATOR__MQTT__PASSWORD", told)
@@ -113,7 +122,7 @@ async def test_settings_say_where_they_came_from_and_hide_secrets(visit: Visit) 
     assert "2 are not as by default" in told
 
 
-async def test_a_device_is_invited_from_the_fleets_page(visit: Visit) -> None:  # noqa: F811
+async def test_a_device_is_invited_from_the_fleets_page(visit: Visit) -> None:
     assert 'data-send="POST /api/v1/invites" data-shows="line"' in await visit.get("/fleet")
     answer = await visit.client.post("/api/v1/invites", json={"name": "pi-new", "hours": 1})
     assert answer.status_code == 201, answer.text
@@ -127,17 +136,15 @@ async def test_a_device_is_invited_from_the_fleets_page(visit: Visit) -> None:  
     assert (await visit.client.post("/api/v1/invites", json={"hours": 0})).status_code == 422
 
 
-async def test_a_run_is_started_from_the_overview_when_somebody_is_there(visit: Visit) -> None:  # noqa: F811
+async def test_a_run_is_started_from_the_overview_when_somebody_is_there(bare: Visit, filled: Visit) -> None:
     asked = 'data-send="POST /api/v1/runs"'
-    assert asked not in await visit.get()
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
-    assert asked not in await visit.get(), "one is under way"
-    visit.live.phase("greenhouse-1", 10, 10, "finished")
-    page = await visit.get()
+    assert asked not in await bare.get()
+    assert asked not in await filled.get(), "one is under way"
+    filled.live.phase("greenhouse-1", 10, 10, "finished")
+    page = await filled.get()
     assert asked in page
     assert "<option>pfl_tpp</option>" in page
-    assert "pause-run" not in page, "this application has no route that pauses"
+    assert "pause-run" not in page, "it is over"
     for agent in AGENTS:
-        visit.live.presence(agent, online=False)
-    assert asked not in await visit.get()
+        filled.live.presence(agent, online=False)
+    assert asked not in await filled.get()

@@ -16,17 +16,10 @@ from coordinator.web.models import UpdateView
 from coordinator.web.pages.device import blocks
 from coordinator.web.pages.figures import by_stage
 from foundation.energy import EnergyReading, Kind, Scope, Stage
-from tests.coordinator.filled_store import a_manifest, an_update, enliven, fill, joined, with_models
-from tests.coordinator.test_pages import Visit, read, visit  # noqa: F401
+from tests.coordinator.filled_store import a_manifest, an_update, joined, with_models
+from tests.coordinator.visiting import Visit, read
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def filled(visit: Visit) -> Visit:  # noqa: F811
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
-    return visit
 
 
 def the_chart(page: str, name: str) -> dict[str, list[dict[str, object]]]:
@@ -36,8 +29,8 @@ def the_chart(page: str, name: str) -> dict[str, list[dict[str, object]]]:
     return chart
 
 
-async def test_what_a_device_is_and_does(filled: Visit) -> None:
-    told = read(await filled.get("/fleet/jetson-barn"))
+async def test_what_a_device_is_and_does(shown: Visit) -> None:
+    told = read(await shown.get("/fleet/jetson-barn"))
     for piece in (
         "online, train 62 %",
         "jetson_orin_nano",
@@ -51,13 +44,13 @@ async def test_what_a_device_is_and_does(filled: Visit) -> None:
         "0.84 ms",
     ):
         assert piece in told, piece
-    assert (await filled.client.get("/fleet/nobody")).status_code == 404
-    assert (await filled.client.get("/fleet/jetson-barn?run=nobody")).status_code == 404
-    assert (await filled.client.get("/parts/fleet/jetson-barn/other")).status_code == 422
+    assert (await shown.client.get("/fleet/nobody")).status_code == 404
+    assert (await shown.client.get("/fleet/jetson-barn?run=nobody")).status_code == 404
+    assert (await shown.client.get("/parts/fleet/jetson-barn/other")).status_code == 422
 
 
-async def test_its_history_is_of_its_rounds_alone(filled: Visit) -> None:
-    page = await filled.get("/fleet/pi-kitchen")
+async def test_its_history_is_of_its_rounds_alone(shown: Visit) -> None:
+    page = await shown.get("/fleet/pi-kitchen")
     accuracy = the_chart(page, "device-accuracy")["data"]
     assert [line["x"] for line in accuracy] == [[1, 2, 3, 4, 5]] * 2
     (bars,) = the_chart(page, "device-joules")["data"]
@@ -66,9 +59,9 @@ async def test_its_history_is_of_its_rounds_alone(filled: Visit) -> None:
     marker = bars["marker"]
     assert isinstance(marker, dict)
     assert marker["pattern"]["shape"], "a model's estimate is hatched"
-    (measured,) = the_chart(await filled.get("/fleet/jetson-barn"), "device-joules")["data"]
+    (measured,) = the_chart(await shown.get("/fleet/jetson-barn"), "device-joules")["data"]
     assert measured["marker"] == {"color": "--green"}
-    assert not the_chart(await filled.get("/fleet/vps-1"), "device-joules")["data"], "nobody knows"
+    assert not the_chart(await shown.get("/fleet/vps-1"), "device-joules")["data"], "nobody knows"
 
 
 async def test_its_ledger_keeps_kinds_and_places_apart() -> None:
@@ -91,9 +84,9 @@ async def test_its_ledger_keeps_kinds_and_places_apart() -> None:
     ]
 
 
-async def test_a_modelled_bar_never_looks_measured(filled: Visit) -> None:
+async def test_a_modelled_bar_never_looks_measured(shown: Visit) -> None:
     for agent, kind in (("jetson-barn", "measured"), ("pi-kitchen", "modelled")):
-        page = await filled.get(f"/parts/fleet/{agent}/work")
+        page = await shown.get(f"/parts/fleet/{agent}/work")
         rows = re.findall(r'<span class="bar (\w+)".*?class="joules (\w+)">(≈ )?.*?class="kind (\w+)"', page)
         assert len(rows) == 2
         for row in rows:
@@ -167,7 +160,7 @@ async def test_a_device_that_joined_is_revoked_from_its_page(filled: Visit) -> N
     assert [d.what for d in FleetRecords(filled.store).deeds()].count("revoke") == 1
 
 
-async def test_a_device_before_its_first_round_says_what_comes_next(visit: Visit) -> None:  # noqa: F811
+async def test_a_device_before_its_first_round_says_what_comes_next(visit: Visit) -> None:
     visit.live.card(with_models(0).model_copy(update={"models": None}))
     told = read(await visit.get("/fleet/jetson-barn"))
     assert "No update of it is in yet" in told

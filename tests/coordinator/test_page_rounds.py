@@ -10,8 +10,7 @@ import pytest
 from coordinator.web.models import RoundView, UpdateView
 from coordinator.web.pages.gantt import gantt
 from foundation.energy import EnergyReading
-from tests.coordinator.filled_store import enliven, fill
-from tests.coordinator.test_pages import Visit, read, visit  # noqa: F401
+from tests.coordinator.visiting import Visit, read
 
 OPENED = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -80,10 +79,8 @@ def test_an_open_round_ends_with_its_last_arrival_and_a_late_one_widens_it() -> 
 
 
 @pytest.mark.anyio
-async def test_the_page_says_that_times_are_derived(visit: Visit) -> None:  # noqa: F811
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
-    told = read(await visit.get("/runs/greenhouse-1/rounds/3"))
+async def test_the_page_says_that_times_are_derived(shown: Visit) -> None:
+    told = read(await shown.get("/runs/greenhouse-1/rounds/3"))
     assert "Who did what when derived" in told
     assert "train 7.5 s, send 0.6 s, arrived after 0.0 s" in told
-    assert "vps-1 nothing came" in read(await visit.get("/runs/greenhouse-1/rounds/6")).replace("  ", " ")
+    assert "vps-1 nothing came" in read(await shown.get("/runs/greenhouse-1/rounds/6")).replace("  ", " ")

@@ -6,15 +6,13 @@ import html
 import json
 import math
 import re
-from collections.abc import AsyncIterator
 from datetime import timedelta
-from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
 import pytest
 
-from coordinator.live import Live
+from coordinator.fleet.tokens import ApiTokens, Role
 from coordinator.store.records import RunRecord
 from coordinator.store.sql import Store
 from coordinator.web.pages import overview, shell, words
@@ -22,72 +20,8 @@ from coordinator.web.pages.seen import SeenRounds
 from foundation.energy import Stage
 from foundation.messages import AgentCard, Telemetry, Unavailable
 from foundation.spec import ModelSpec
-from tests.coordinator.filled_store import NOON, SPEC, Clock, enliven, fill, furnished
-
-VOID = {"meta", "link", "br", "input"}
-
-
-class Outline(HTMLParser):
-    """Checks that tags nest, and collects ids, links and the text of cells by row."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.outer: list[str] = []
-        self.nested: set[tuple[str, str]] = set()
-        self.loads: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = dict(attrs)
-        self.tags.add(tag)
-        name = told.get("id") or ""
-        if name:
-            self.ids.append(name)
-            self.nested |= {(outer, name) for outer in self.outer if outer}
-        if tag not in VOID:
-            self.open.append(tag)
-            self.outer.append(name)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
-        assert not any(name.startswith("on") for name in told), "no scripts in attributes"
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.outer.pop()
-
-
-class Visit:
-    """A store, a live picture, and a browser without a screen."""
-
-    def __init__(self, store: Store, live: Live, clock: Clock, client: httpx.AsyncClient) -> None:
-        self.store, self.live, self.clock, self.client = store, live, clock, client
-
-    async def get(self, path: str = "/") -> str:
-        answer = await self.client.get(path)
-        assert answer.status_code == 200, answer.text
-        outline = Outline(answer.text)
-        assert len(outline.ids) == len(set(outline.ids))
-        return answer.text
-
-
-@pytest.fixture
-async def visit(tmp_path: Path) -> AsyncIterator[Visit]:
-    clock = Clock()
-    with Store.open(tmp_path, clock=clock) as store:
-        live = Live(store, clock=clock, monotonic=clock)
-        app = furnished(store, live, clock, tmp_path)
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://localhost"
-        ) as client:
-            yield Visit(store, live, clock, client)
-
-
-def read(page: str) -> str:
-    """Return what a reader sees, without tags, in one line."""
-    return re.sub(r"\s+", " ", re.sub(r"<script.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL))
+from tests.coordinator.filled_store import NOON, SPEC, Clock, fill, furnished, joined, with_models
+from tests.coordinator.visiting import Outline, Prepared, Visit, read
 
 
 @pytest.mark.anyio
@@ -104,10 +38,8 @@ async def test_an_empty_page_says_what_to_do_next(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_under_way(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
-    page = await visit.get()
+async def test_a_run_under_way(shown: Visit) -> None:
+    page = await shown.get()
     told = read(page)
     for piece in (
         "greenhouse-1 collecting",
@@ -130,21 +62,73 @@ async def test_a_run_under_way(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_can_be_stopped_from_the_page_while_it_is_under_way(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
+async def test_a_run_can_be_stopped_from_the_page_while_it_is_under_way(filled: Visit) -> None:
     asked = 'data-send="POST /api/v1/runs/greenhouse-1/stop"'
-    assert asked in await visit.get()
-    answer = await visit.client.post("/api/v1/runs/greenhouse-1/stop", json={"reason": "paint"})
+    assert asked in await filled.get()
+    answer = await filled.client.post("/api/v1/runs/greenhouse-1/stop", json={"reason": "paint"})
     assert answer.status_code == 200
-    visit.live.phase("greenhouse-1", 6, 10, "stopped")
-    assert asked not in await visit.get()
+    filled.live.phase("greenhouse-1", 6, 10, "stopped")
+    assert asked not in await filled.get()
 
 
 @pytest.mark.anyio
-async def test_modelled_joules_never_look_measured(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
-    page = await visit.get()
+async def test_a_run_is_paused_and_resumed_as_it_stands(filled: Visit) -> None:
+    def buttons(page: str) -> set[str]:
+        return set(re.findall(r'data-send="POST /api/v1/runs/greenhouse-1/(\w+)"', page))
+
+    assert buttons(await filled.get()) == {"pause", "stop"}
+    answer = await filled.client.post("/api/v1/runs/greenhouse-1/pause", json={"reason": "harvest"})
+    assert answer.status_code == 200
+    page = await filled.get()
+    assert buttons(page) == {"resume", "stop"}
+    assert "collecting pauses when round 6 has ended: harvest" in read(page)
+    filled.live.phase("greenhouse-1", 7, 10, "paused")
+    page = await filled.get("/parts/overview/now")
+    assert buttons(page) == {"resume", "stop"}
+    assert "greenhouse-1 paused harvest" in read(page)
+    assert "Time left –" in read(page)
+    assert (await filled.client.post("/api/v1/runs/greenhouse-1/resume", json={})).status_code == 200
+    filled.live.phase("greenhouse-1", 7, 10, "planning")
+    page = await filled.get()
+    assert buttons(page) == {"pause", "stop"}
+    assert "harvest" not in read(page)
+    filled.live.phase("greenhouse-2", 0, 10, "waiting for agents")
+    page = await filled.get()
+    assert 'data-ask="stop-run"' in page
+    assert 'data-ask="pause-run"' not in page, "it is not among the runs before its agents are there"
+
+
+@pytest.mark.anyio
+async def test_what_changes_things_is_shown_to_operators_alone(filled: Visit, tmp_path: Path) -> None:
+    joined(filled.store, "jetson-barn")
+    filled.store.upsert_agent(with_models(0), NOON)
+    tokens = ApiTokens(filled.store, clock=filled.clock)
+    app = furnished(filled.store, filled.live, filled.clock, tmp_path, tokens)
+    there = ("/", "/fleet", "/fleet/jetson-barn")
+    seen: dict[str, list[str]] = {}
+    roles: tuple[Role, ...] = ("viewer", "operator")
+    for role in roles:
+        headers = {"Authorization": f"Bearer {tokens.make(role, role, expires_s=None)}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers) as client:
+            filled.live.phase("greenhouse-1", 6, 10, "collecting")
+            seen[role] = [(await client.get(path)).text for path in (*there, *PAGES)]
+            filled.live.phase("greenhouse-1", 10, 10, "finished")
+            seen[role].append((await client.get("/")).text)
+    for page in seen["viewer"]:
+        assert "data-send" not in page
+        assert "data-ask" not in page
+        assert "You look as a viewer" in read(page)
+    offered = set(re.findall(r'data-send="POST ([^"]+)"', " ".join(seen["operator"])))
+    ends = ("stop", "pause", "runs", "invites", "revoke", "pin", "unpin", "rollback")
+    assert {address.rpartition("/")[2] for address in offered} == set(ends)
+    assert not any("You look as a viewer" in page for page in seen["operator"])
+    assert "An operator begins a run" not in read(await filled.get("/")), "on loopback everybody is one"
+
+
+@pytest.mark.anyio
+async def test_modelled_joules_never_look_measured(shown: Visit) -> None:
+    page = await shown.get()
     figures = re.findall(
         r'class="joules (\w+)">(≈ )?[\d.]+ k?J</span> <span class="kind (\w+)"[^>]*>(\w+)<', page
     )
@@ -218,9 +202,8 @@ async def test_figures_that_are_not_finite_or_not_there_are_dashes(visit: Visit)
 
 
 @pytest.mark.anyio
-async def test_the_chart_has_the_four_lines(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
-    page = await visit.get()
+async def test_the_chart_has_the_four_lines(shown: Visit) -> None:
+    page = await shown.get()
     found = re.search(r'id="chart-accuracy">(.*?)</script>', page)
     assert found
     chart = json.loads(found.group(1))
@@ -251,30 +234,27 @@ STILL = ("/compare", "/settings")
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("address", PAGES)
-async def test_parts_are_pieces_of_their_page(visit: Visit, address: str) -> None:
-    fill(visit.store, visit.clock)
-    enliven(visit.live, visit.clock)
-    page = await visit.get(address)
+async def test_parts_are_pieces_of_their_page(shown: Visit, address: str) -> None:
+    page = await shown.get(address)
     parts = re.findall(r'data-part="([^"]+)"', page)
     assert parts or address in STILL
     for part in parts:
-        told = await visit.get(html.unescape(part))
+        told = await shown.get(html.unescape(part))
         assert told.strip() in page
         # The script replaces innermost pieces with an id, so what holds another must not change itself.
-        holders = {outer for outer, _ in Outline(told).nested}
-        assert holders <= {"fleet-table"}
+        outline = Outline(told)
+        assert {outer for outer, _ in outline.nested} <= {"fleet-table"}
+        assert outline.ids
+        assert outline.loose == ""
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("address", PAGES)
 async def test_every_page_has_one_heading_a_title_and_the_way_to_the_others(
-    visit: Visit, address: str
+    bare: Visit, shown: Visit, address: str
 ) -> None:
-    for filled in (False, True):
-        if filled:
-            fill(visit.store, visit.clock)
-            enliven(visit.live, visit.clock)
-        answer = await visit.client.get(address)
+    for each in (bare, shown):
+        answer = await each.client.get(address)
         if answer.status_code == 200:
             assert re.search(r"<title>[^<]*Hedgerow[^<]*</title>", answer.text)
             assert answer.text.count("<h1") == 1
@@ -284,25 +264,23 @@ async def test_every_page_has_one_heading_a_title_and_the_way_to_the_others(
 
 
 @pytest.mark.anyio
-async def test_an_unknown_part_round_or_run_is_not_found(visit: Visit) -> None:
-    assert (await visit.client.get("/parts/overview/other")).status_code == 422
-    assert (await visit.client.get("/runs/nobody/rounds/1")).status_code == 404
-    fill(visit.store, visit.clock)
-    assert (await visit.client.get("/runs/greenhouse-1/rounds/99")).status_code == 404
+async def test_an_unknown_part_round_or_run_is_not_found(shown: Visit) -> None:
+    assert (await shown.client.get("/parts/overview/other")).status_code == 422
+    assert (await shown.client.get("/runs/nobody/rounds/1")).status_code == 404
+    assert (await shown.client.get("/runs/greenhouse-1/rounds/99")).status_code == 404
 
 
 @pytest.mark.anyio
-async def test_a_round_says_who_took_part_and_who_did_not(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
-    visit.store.add_refusal("greenhouse-1", 3, "pi-kitchen", "the disk is full", NOON)
-    visit.store.quarantine.keep(
+async def test_a_round_says_who_took_part_and_who_did_not(filled: Visit) -> None:
+    filled.store.add_refusal("greenhouse-1", 3, "pi-kitchen", "the disk is full", NOON)
+    filled.store.quarantine.keep(
         "vps-1", b"frame", cause="outside", reason="ten times the others", run="greenhouse-1", round=3
     )
-    told = read(await visit.get("/runs/greenhouse-1/rounds/3"))
+    told = read(await filled.get("/runs/greenhouse-1/rounds/3"))
     assert "Updates 4 of 4" in told
     assert "pi-kitchen refused: the disk is full" in told
     assert "vps-1 quarantined (outside): ten times the others" in told
-    assert "the disk is full" not in read(await visit.get("/runs/greenhouse-1/rounds/2"))
+    assert "the disk is full" not in read(await filled.get("/runs/greenhouse-1/rounds/2"))
 
 
 @pytest.mark.anyio
@@ -321,26 +299,25 @@ async def test_a_large_fleet_comes_in_pages(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
-async def test_sums_stand_beside_what_fedavg_would_send(visit: Visit) -> None:
-    fill(visit.store, visit.clock)
+async def test_sums_stand_beside_what_fedavg_would_send(shown: Visit) -> None:
     spec = ModelSpec.model_validate_json(SPEC)
     dense = sum(4 * math.prod(shape) for name, shape in spec.layout if not name.endswith(".threshold"))
-    run = visit.store.run("greenhouse-1")
-    rounds = SeenRounds(visit.store).latest("greenhouse-1", 200)
+    run = shown.store.run("greenhouse-1")
+    rounds = SeenRounds(shown.store).latest("greenhouse-1", 200)
     sums = overview.Sums(run, rounds)
     assert sums.updates == 22
     assert sums.fedavg_bytes == 2 * 22 * dense
-    told = read(await visit.get("/parts/overview/sums"))
+    told = read(await shown.get("/parts/overview/sums"))
     assert f"computed {words.size(2 * 22 * dense)} this run: " in told
     assert "Worst 10 % of devices, after" in told
 
 
 def test_a_closed_round_is_read_once_until_a_late_update_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    with Store.open(tmp_path, clock=clock) as store:
-        fill(store, clock)
+    prepared.copy(tmp_path / "store", clock)
+    with Store.open(tmp_path / "store", clock=clock) as store:
         asked: list[int] = []
         plain = store.updates
         monkeypatch.setattr(store, "updates", lambda run, n: (asked.append(n), plain(run, n))[1])
@@ -366,15 +343,15 @@ async def test_an_older_run_can_be_looked_at(visit: Visit) -> None:
 
 
 @pytest.mark.anyio
-async def test_nothing_is_loaded_from_another_machine(visit: Visit) -> None:
-    answer = await visit.client.get("/")
+async def test_nothing_is_loaded_from_another_machine(bare: Visit) -> None:
+    answer = await bare.client.get("/")
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self';" in policy
     for address in Outline(answer.text).loads:
         assert address.startswith(("/", "data:,", "#"))
         if address.startswith("/static/"):
-            loaded = await visit.client.get(address)
+            loaded = await bare.client.get(address)
             assert loaded.status_code == 200
             assert loaded.headers["content-type"].partition(";")[0] in ("text/javascript", "text/css")
     script = shell.plotly_script()

@@ -17,6 +17,8 @@ from foundation.messages import Json
 
 HERE = "/models"
 SHOWN = 100
+FALLEN = ("refused", "rolled_back")
+FALLEN_SHOWN = 20
 
 
 class Ring(NamedTuple):
@@ -64,11 +66,13 @@ def _told(store: Store, after: int) -> Json:
     found = store.artifacts(after=after, limit=SHOWN + 1)
     artifacts, newest = found[:SHOWN], store.rollouts(1)
     rollout = newest[0] if newest else None
+    members = store.members(rollout.run, rollout.round) if rollout else []
     return {
         "artifacts": artifacts,
         "stands": stands(store, artifacts),
         "after": after,
         "following": after + SHOWN if len(found) > SHOWN else None,
         "rollout": rollout,
-        "rings": rings(store.members(rollout.run, rollout.round), rollout.ring) if rollout else [],
+        "rings": rings(members, rollout.ring) if rollout else [],
+        "fallen": [member for member in members if member.state in FALLEN][:FALLEN_SHOWN],
     }

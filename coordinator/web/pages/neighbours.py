@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from foundation.parameters import Array
 HERE = "/neighbours"
 NEAREST = 3
 """Devices that are named beside each."""
+KEPT = 4
+"""Runs whose last map is kept in memory."""
 LISTED = 100
 NAMED = 40
 """So many have their names on the map; with more, pointing at one tells it."""
@@ -52,13 +56,56 @@ class Map:
     """Numbers in one embedding."""
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the state after one round has of embeddings; a round's state never changes."""
+
+    after: int
+    """The round."""
+    devices: int
+    """How many have one."""
+    map: Map | None
+    chart: Json
+
+
+class Maps:
+    """The last map of some runs, drawn once for every state. All verbs may be called from any thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Snapshot] = OrderedDict()
+
+    def latest(self, run: str) -> Snapshot | None:
+        """Return what a run's last state has, `None` before any; raises `StoreError` for a damaged one."""
+        with self._lock:  # held while it is drawn: who asks meanwhile would only draw the same
+            kept = self._kept.get(run)
+            if kept is not None and kept.after == self._store.state_round(run):
+                return kept
+            latest = self._store.latest_state(run)
+            if latest is None:
+                return None
+            self._kept[run] = drawn = _drawn(*latest)
+            self._kept.move_to_end(run)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return drawn
+
+
+def _drawn(after: int, body: bytes) -> Snapshot:
+    state = State.from_bytes(body)
+    found = embeddings(state.private)
+    there = mapped(found, [agent for agent, own in state.private.items() if FRESH in own])
+    return Snapshot(after, len(found), there, chart(there))
+
+
 def routes(shell: Shell) -> APIRouter:
     """Return the page of the neighbours and its part."""
-    router = APIRouter(include_in_schema=False)
+    router, maps = APIRouter(include_in_schema=False), Maps(shell.store)
 
     async def render(template: str, wanted: str | None) -> HTMLResponse:
         present = shell.live.snapshot(shell.live.version).run
-        told = await asyncio.to_thread(_told, shell.store, wanted, present)
+        told = await asyncio.to_thread(_told, shell.store, maps, wanted, present)
         return shell.render(template, HERE, asked_run=wanted, **told)
 
     @router.get("/neighbours")
@@ -141,18 +188,14 @@ def chart(found: Map | None) -> Json:
     return {"data": data, "layout": layout}
 
 
-def _told(store: Store, wanted: str | None, present: str | None) -> Json:
+def _told(store: Store, maps: Maps, wanted: str | None, present: str | None) -> Json:
     run: RunRecord | None = chosen(store, wanted, present)
-    latest = None if run is None else store.latest_state(run.run)
-    state = None if latest is None else State.from_bytes(latest[1])
-    found = None if state is None else embeddings(state.private)
-    new = [agent for agent, own in state.private.items() if FRESH in own] if state else []
-    there = None if found is None else mapped(found, new)
+    latest = None if run is None else maps.latest(run.run)
     return {
         "run": run,
-        "after": None if latest is None else latest[0],
-        "devices": 0 if found is None else len(found),
-        "map": there,
+        "after": None if latest is None else latest.after,
+        "devices": 0 if latest is None else latest.devices,
+        "map": None if latest is None else latest.map,
         "listed": LISTED,
-        "chart": chart(there),
+        "chart": chart(None) if latest is None else latest.chart,
     }

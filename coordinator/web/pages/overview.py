@@ -29,6 +29,7 @@ FEW = 12
 """So many devices are shown here in full; more have their own page."""
 
 Part = Literal["now", "sums", "run"]
+NOW = "overview_now.html"
 
 
 def routes(shell: Shell, rounds: SeenRounds) -> APIRouter:
@@ -38,7 +39,9 @@ def routes(shell: Shell, rounds: SeenRounds) -> APIRouter:
     async def render(template: str, wanted: str | None) -> HTMLResponse:
         present = shell.live.snapshot(shell.live.version).run
         run = await asyncio.to_thread(chosen, shell.store, wanted, present)
-        told = await asyncio.to_thread(_told, shell.store, rounds, run)
+        told = await asyncio.to_thread(_present, shell.store, present)
+        if template != NOW:
+            told |= await asyncio.to_thread(_told, shell.store, rounds, run)
         return shell.render(template, HERE, run=run, few=FEW, **told)
 
     @router.get("/")
@@ -155,13 +158,18 @@ def _dense_bytes(run: RunRecord) -> int | None:
     return total
 
 
+def _present(store: Store, present: str | None) -> Json:
+    """Return what is written down of the run under way: nothing while it waits for its first agents."""
+    there = present is not None and store.has_run(present)
+    return {"standing": store.run(present) if present and there else None, "strategies": available()}
+
+
 def _told(store: Store, seen: SeenRounds, run: RunRecord | None) -> Json:
     """Return what the templates show of one run."""
     rounds = seen.latest(run.run, ROUNDS_SHOWN) if run is not None else []
     closed = [view for view in rounds if view.state == "closed"]
     return {
         "runs": store.runs(),
-        "strategies": available(),
         "rounds": rounds,
         "listed": ROUNDS_LISTED,
         "last": closed[-1] if closed else None,

@@ -7,6 +7,7 @@ figures carry their units, and what is not known is a dash.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from coordinator.live import Live
 from coordinator.store.sql import Store
+from coordinator.web.asker import LOOKS_ONLY
 from coordinator.web.pages import words
 from foundation.energy import Kind
 
@@ -63,11 +65,13 @@ class Shell:
     def render(self, template: str, here: str = "", **values: object) -> HTMLResponse:
         """Return a page, or a part of one, as it is now; `here` is the path of its entry in the navigation.
 
-        Call it from the event loop: the live picture belongs to it.
+        Call it from the event loop: the live picture belongs to it. A viewer is offered no change.
         """
         now = datetime.fromtimestamp(self._clock(), UTC)
         always = {"status": self.live.snapshot(), "now": now, "here": here, "places": PLACES}
-        told = {**always, "offered": self._offered, **values}
+        looks_only = LOOKS_ONLY.get()
+        offered = frozenset[str]() if looks_only else self._offered
+        told = {**always, "offered": offered, "looks_only": looks_only, **values}
         page = self._templates.get_template(template).render(**told)
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
@@ -97,6 +101,7 @@ def plotly_script() -> Path | None:
     return None
 
 
+@functools.cache  # compiling them takes longer than a page
 def _templates() -> Environment:
     loader = FileSystemLoader(HERE / "templates")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
