@@ -762,7 +762,8 @@ def _rollout() -> None:
     """See how far new models are let go, let the next ring go by hand, or stop and roll all back.
 
     Through the coordinator's API, where `rollout.enabled` is true; what is changed
-    is in `hedgerow coordinator audit` with the token's name.
+    is in `hedgerow coordinator audit` with the token's name. Ends with 0 done,
+    1 failed, 2 misuse, 3 refused: not allowed, or no rollout is under way.
     """
 
 
@@ -844,6 +845,42 @@ def _remote(
     api = Client(coordinator, token_file, cacert)
     code = order(api, verb, devices or [], model=model, reason=reason, wait_s=wait_s, as_json=as_json)
     raise typer.Exit(code)
+
+
+@app.command()
+def fleet(
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", "-w", help="Follow it, until Ctrl-C; in a pipe, a line for each change."),
+    ] = False,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The picture as JSON; with --watch a line each, with what changed.")
+    ] = False,
+) -> None:
+    """Show every device: what it does, accuracy, FFL units kept, joules, temperature, model, why it does not.
+
+    Joules count from the start of the device's program and say how they are
+    known: measured, mixed or modelled (≈). °C is of its hottest zone when its
+    last round ended. The model is the one that answers there. In a pipe there
+    is a line for each device. A viewer's token will do.
+
+    Ends with 0 done, 1 failed, 2 misuse, 3 refused.
+
+    Examples:
+
+    hedgerow fleet
+
+    hedgerow fleet --watch --coordinator https://laptop.lan:8080 --token-file token
+
+    hedgerow fleet --json
+    """
+    from hedgerow.client import Client
+    from hedgerow.fleet import show
+
+    raise typer.Exit(show(Client(coordinator, token_file, cacert), watch=watch, as_json=as_json))
 
 
 run_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -140,7 +140,7 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **self._headers()})
         try:
-            return urllib.request.urlopen(request, timeout=timeout_s, context=self._context())
+            return _opener(self._context()).open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 raise _problem(error) from error
@@ -169,6 +169,25 @@ class Client:
             return ssl.create_default_context(cafile=self.cacert)
         except OSError as error:
             raise SettingsError(f"the authority in {self.cacert} cannot be used: {error}") from error
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the token would go along, and a change would come out as a question."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        fp.close()
+        there = newurl.partition("/api/v1/")[0]
+        raise SettingsError(
+            f"{req.full_url.partition('/api/v1/')[0]} sends elsewhere, to {there[:200]!r}: nothing was sent"
+            " there. If you trust it, give --coordinator that address"
+        )
+
+
+def _opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    https = [] if context is None else [urllib.request.HTTPSHandler(context=context)]
+    return urllib.request.build_opener(_StayHere, *https)
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:

@@ -81,6 +81,7 @@ LONGEST = {
     "raspberry-pi": 110,
     "jetson": 80,
     "testbed": 95,
+    "terminal": 90,
     "serve": 85,
     "troubleshooting": 190,
     **dict.fromkeys(("own-data", "own-model", "own-strategy", "own-sensor", "own-board"), 80),

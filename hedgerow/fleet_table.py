@@ -1,0 +1,139 @@
+"""The fleet as a table on a terminal, as lines in a pipe; modelled joules never look like measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+from rich.table import Table
+from rich.text import Text
+
+Device: TypeAlias = Mapping[str, Any]
+"""An `AgentStatus` of the API."""
+DASH = "–"
+STYLES = {"measured": "green", "mixed": "yellow", "modelled": "italic yellow"}
+REASONS = ("quarantined", "unavailable", "skipped", "eased", "problem")
+"""Why a device does not do everything, the gravest first."""
+
+
+def table(devices: Iterable[Device], now: datetime) -> Table:
+    """Return one row a device; `now` is what ages count from."""
+    found = Table("device", "doing", box=None, pad_edge=False)
+    for title in ("accuracy", "FFL units", "energy", "°C", "model"):
+        found.add_column(title, justify="right", no_wrap=True)
+    found.add_column("seen", no_wrap=True)
+    found.add_column("why not", ratio=1)
+    for one in devices:
+        found.add_row(
+            Text(plain(one["agent"]), style="bold" if one["online"] else "dim"),
+            doing(one),
+            percent(one["accuracy"]),
+            units(one),
+            Text(energy(one), style=STYLES.get(one["energy_kind"], "")),
+            degrees(one),
+            model(one),
+            seen(one, now),
+            Text(why(one), style="red" if one["quarantined"] or one["problem"] else "yellow"),
+        )
+    return found
+
+
+def line(one: Device) -> str:
+    """Return a device in one line: what it does, what it knows, what it took, why it does not."""
+    parts = [
+        plain(one["agent"]),
+        doing(one),
+        f"accuracy {percent(one['accuracy'])}",
+        f"units {units(one)}",
+        f"energy {energy(one)}",
+        *([f"{degrees(one)} °C"] if one.get("temperature_c") is not None else []),
+        f"model {model(one)}",
+        f"seen {one['last_seen'] or 'never'}",
+    ]
+    reason = why(one)
+    return "  ".join([*parts, *([f"({reason})"] if reason else [])])
+
+
+def said(one: Device) -> tuple[Any, ...]:
+    """Return what has to change before a device is worth another line."""
+    return one["online"], one["stage"], one["round"], model(one), why(one)
+
+
+def doing(one: Device) -> str:
+    """Return whether it is there, its stage, how far that is and how long it takes."""
+    if not one["online"]:
+        return "offline"
+    if one["stage"] is None:
+        return "online"
+    share = "" if one["progress"] is None else f" {one['progress']:.0%}"
+    left = "" if one["eta_s"] is None else f", {seconds(one['eta_s'])} left"
+    return f"{plain(one['stage'])}{share}{left}"
+
+
+def energy(one: Device) -> str:
+    """Return joules since its program started, always with how they are known."""
+    if one["joules"] is None:
+        return DASH
+    kind = "of unknown kind" if one["energy_kind"] == "none" else plain(one["energy_kind"])
+    about = "≈ " if one["energy_kind"] in ("modelled", "mixed") else ""
+    joules = f"{one['joules'] / 1000:.1f} kJ" if one["joules"] >= 10_000 else f"{one['joules']:.3g} J"
+    return f"{about}{joules} {kind}"
+
+
+def units(one: Device) -> str:
+    """Return the kept FFL units of all blocks, of how many."""
+    kept, each = one["kept_units"], one["hidden_units"]
+    if not kept:
+        return DASH
+    return f"{sum(kept)}/{each * len(kept)}" if each else f"{sum(kept)}"
+
+
+def model(one: Device) -> str:
+    """Return which round made the model that answers there."""
+    if one.get("model_round") is None:
+        return DASH
+    elsewhere = (
+        "" if one["model_run"] == one["run"] or one["run"] is None else f" of {plain(one['model_run'])}"
+    )
+    return f"round {one['model_round']}{elsewhere}"
+
+
+def why(one: Device) -> str:
+    """Return why a device is left out, asked for less or not well; empty for one that is in order."""
+    names = {"problem": "", "unavailable": "not available: "}
+    told = [f"{names.get(key, f'{key}: ')}{plain(one[key])}" for key in REASONS if one[key]]
+    return "; ".join(told)
+
+
+def degrees(one: Device) -> str:
+    """Return °C of the hottest zone when its last round ended."""
+    celsius = one.get("temperature_c")
+    return DASH if celsius is None else f"{celsius:.1f}"
+
+
+def seen(one: Device, now: datetime) -> str:
+    """Return how long ago it was heard; "now" for a clock that is behind the coordinator's."""
+    if one["last_seen"] is None:
+        return "never"
+    then = datetime.fromisoformat(one["last_seen"])
+    past = (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
+    return "now" if past < 5 else f"{seconds(past)} ago"
+
+
+def percent(share: float | None) -> str:
+    """Return a share of 1 as per cent."""
+    return DASH if share is None else f"{share:.1%}"
+
+
+def seconds(value: float) -> str:
+    """Return seconds in the unit that suits them."""
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if value >= length:
+            return f"{value / length:.0f} {unit}"
+    return f"{value:.0f} s"
+
+
+def plain(text: str) -> str:
+    """Return what a device said without what would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
