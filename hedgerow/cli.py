@@ -847,6 +847,43 @@ def _remote(
     raise typer.Exit(code)
 
 
+class Side(StrEnum):
+    """Whose settings."""
+
+    COORDINATOR = "coordinator"
+    AGENT = "agent"
+
+
+@app.command()
+def init(
+    side: Annotated[Side, typer.Argument(help="Whose settings.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="coordinator.toml or agent.toml here; - is stdout."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let it take the place of one that is there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a settings file to begin with: every setting, with its default, bounds and what it is for.
+
+    What has to be looked at stands there; the rest is in comments. It is made
+    from what the programs read, so it is whole for this version.
+
+    Examples:
+
+    hedgerow init coordinator
+
+    hedgerow init agent -o /etc/hedgerow/agent.toml
+    """
+    from hedgerow.init import run_command
+
+    raise typer.Exit(run_command(side.value, output, force=force, as_json=as_json))
+
+
 @app.command()
 def fleet(
     watch: Annotated[

@@ -67,7 +67,7 @@ LONGEST = {
     "operations": 310,
     "data": 180,
     "ledger": 110,
-    "architecture": 440,
+    "architecture": 470,
     "energy": 200,
     "models": 320,
     "swap": 110,
