@@ -58,6 +58,11 @@ class ApiProblem(HedgerowError):  # noqa: N818
         """Whether it was understood and not done: not allowed, or not now."""
         return self.status in (401, 403, 409, 429)
 
+    @property
+    def passes(self) -> bool:
+        """Whether asking again later may be answered."""
+        return self.status == 429 or self.status >= 500
+
 
 class NoAnswer(HedgerowError):  # noqa: N818
     """The coordinator cannot be reached, or what answers is not one."""
@@ -91,7 +96,7 @@ class Client:
         """
         try:
             with self._open(path, body, query, TIMEOUT_S) as answer:
-                return json.loads(answer.read(_LARGEST_ANSWER))
+                return _read(answer.read(_LARGEST_ANSWER))
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._silent(error) from error
 
@@ -116,7 +121,8 @@ class Client:
     ) -> Iterator[Event]:
         """Yield events without end; a lost stream is taken up again after the last id.
 
-        Raises as `ask` for the first connection, and `ApiProblem` for any; `wait` takes seconds.
+        Raises as `ask` for the first connection. Later a coordinator that is away, busy or failing is asked
+        again, and only `ApiProblem` for what asking again does not change is raised; `wait` takes seconds.
         """
         last, connected = after, False
         while True:
@@ -126,6 +132,9 @@ class Client:
                     for event in read_events(_lines(answer)):
                         last = last if event.id is None else event.id
                         yield event
+            except ApiProblem as problem:
+                if not connected or not problem.passes:
+                    raise
             except (NoAnswer, OSError, ValueError, http.client.HTTPException) as error:
                 if not connected:
                     raise self._silent(error) from error
@@ -208,8 +217,15 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
             data.append(value)
 
 
+def _read(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    found = _read(text)
     if not isinstance(found, dict):
         raise ValueError("a message of the stream is no object")
     return found
@@ -225,7 +241,7 @@ def _lines(answer: Any) -> Iterator[str]:
 def _problem(error: urllib.error.HTTPError) -> ApiProblem:
     """Return what a problem says; its status where it says nothing."""
     try:
-        told = json.loads(error.read(65_536))
+        told = _read(error.read(65_536))
         return ApiProblem(error.code, str(told["detail"]), str(told.get("instance", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ApiProblem(error.code, f"the coordinator answered {error.code} {error.reason}")
