@@ -653,6 +653,41 @@ def model_list(
     raise typer.Exit(show(folder, device=device, run=run, as_json=as_json))
 
 
+@model_verbs.command("get")
+def model_get(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE.onnx|DIR", help="The model alone, or the artifact below a folder."
+        ),
+    ],
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a device's model: what the coordinator would send it next, where it has the whole of it.
+
+    As `hedgerow export`, but from elsewhere: the coordinator makes and proves
+    it, it is checked here against its hashes, and then takes its place. A
+    folder can be served: `hedgerow serve DIR`. With strategies that leave a
+    part on the device it is refused (3), and the device has the only whole
+    copy. Takes an operator.
+
+    Examples:
+
+    hedgerow model get greenhouse kitchen -o kitchen.onnx
+
+    hedgerow model get greenhouse kitchen -o kitchen --coordinator https://laptop.lan:8080 --token-file token
+    """
+    from hedgerow.client import Client
+    from hedgerow.model_get import get
+
+    raise typer.Exit(get(Client(coordinator, token_file, cacert), run, device, output, as_json=as_json))
+
+
 @model_verbs.command("pin")
 def model_pin(
     folder: Artifacts = Path("vault"),

@@ -88,14 +88,21 @@ class Client:
     token: str | None = None
     """Instead of `token_file` or the variable HEDGEROW_TOKEN."""
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None, query: Query | None = None) -> Any:
-        """Return what a GET, or with `body` a POST, is answered.
+    def ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Query | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Any:
+        """Return what a GET, or with `body` a POST, is answered; `timeout_s` bounds each silence.
 
         Raises `SettingsError` for an address, token or authority that cannot be used, `ApiProblem` with the
         coordinator's words, `NoAnswer` where it does not answer.
         """
         try:
-            with self._open(path, body, query, TIMEOUT_S) as answer:
+            with self._open(path, body, query, timeout_s) as answer:
                 return _read(answer.read(_LARGEST_ANSWER))
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._silent(error) from error
