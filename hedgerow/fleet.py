@@ -33,7 +33,7 @@ def _once(client: Client, as_json: bool) -> None:
     if not status["agents"]:
         sys.stderr.write(EMPTY)
     elif console.is_terminal:
-        console.print(_picture(status, status["agents"], datetime.now(UTC)))
+        console.print(_picture(status, status["agents"], datetime.now(UTC), console.width))
     else:
         print(headline(status, len(status["agents"])))
         for one in status["agents"]:
@@ -128,12 +128,12 @@ class Screen:
     def _draw(self, remark: str) -> None:
         if self._status:
             devices = [self._devices[name] for name in sorted(self._devices)]
-            picture = _picture(self._status, devices, datetime.now(UTC))
+            picture = _picture(self._status, devices, datetime.now(UTC), self._live.console.width)
             self._live.update(Group(Text(remark, style="red"), picture) if remark else picture, refresh=True)
 
 
-def _picture(status: dict[str, Any], devices: list[dict[str, Any]], now: datetime) -> Group:
-    return Group(Text(headline(status, len(devices)), style="bold"), table(devices, now))
+def _picture(status: dict[str, Any], devices: list[dict[str, Any]], now: datetime, width: int) -> Group:
+    return Group(Text(headline(status, len(devices)), style="bold"), table(devices, now, width))
 
 
 def headline(status: dict[str, Any], devices: int) -> str:

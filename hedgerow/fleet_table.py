@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -13,30 +14,53 @@ Device: TypeAlias = Mapping[str, Any]
 """An `AgentStatus` of the API."""
 DASH = "–"
 STYLES = {"measured": "green", "mixed": "yellow", "modelled": "italic yellow"}
+WIDE = 130
+"""Columns from which on there is room for reasons beside the figures."""
+COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("device", "left"),
+    ("doing", "left"),
+    ("acc.", "right"),
+    ("FFL\nunits", "right"),
+    ("energy", "right"),
+    ("°C", "right"),
+    ("model\nround", "right"),
+    ("seen", "left"),
+)
 REASONS = ("quarantined", "unavailable", "skipped", "eased", "problem")
 """Why a device does not do everything, the gravest first."""
 
 
-def table(devices: Iterable[Device], now: datetime) -> Table:
-    """Return one row a device; `now` is what ages count from."""
-    found = Table("device", "doing", box=None, pad_edge=False)
-    for title in ("accuracy", "FFL units", "energy", "°C", "model"):
-        found.add_column(title, justify="right", no_wrap=True)
-    found.add_column("seen", no_wrap=True)
-    found.add_column("why not", ratio=1)
+def table(devices: Sequence[Device], now: datetime, width: int) -> Group:
+    """Return one row a device, in `width` columns; `now` is what ages count from.
+
+    Why a device does not do everything stands in its row where there is room, else below.
+    """
+    found, wide = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), width >= WIDE
+    for title, justify in COLUMNS:
+        found.add_column(title, justify=justify, no_wrap=True)
+    if wide:
+        found.add_column("why not", ratio=1)
     for one in devices:
-        found.add_row(
-            Text(plain(one["agent"]), style="bold" if one["online"] else "dim"),
-            doing(one),
-            percent(one["accuracy"]),
-            units(one),
-            Text(energy(one), style=STYLES.get(one["energy_kind"], "")),
-            degrees(one),
-            model(one),
-            seen(one, now),
-            Text(why(one), style="red" if one["quarantined"] or one["problem"] else "yellow"),
-        )
-    return found
+        found.add_row(*_cells(one, now), *([_reason(one)] if wide else []))
+    below = [] if wide else [one for one in devices if why(one)]
+    return Group(found, *(Text.assemble(plain(one["agent"]), ": ", _reason(one)) for one in below))
+
+
+def _cells(one: Device, now: datetime) -> tuple[str | Text, ...]:
+    return (
+        Text(plain(one["agent"]), style="bold" if one["online"] else "dim"),
+        doing(one),
+        percent(one["accuracy"]),
+        units(one),
+        Text(energy(one), style="" if one["joules"] is None else STYLES.get(one["energy_kind"], "")),
+        degrees(one),
+        model(one),
+        seen(one, now),
+    )
+
+
+def _reason(one: Device) -> Text:
+    return Text(why(one), style="red" if one["quarantined"] or one["problem"] else "yellow")
 
 
 def line(one: Device) -> str:
@@ -48,7 +72,7 @@ def line(one: Device) -> str:
         f"units {units(one)}",
         f"energy {energy(one)}",
         *([f"{degrees(one)} °C"] if one.get("temperature_c") is not None else []),
-        f"model {model(one)}",
+        f"model of round {model(one)}",
         f"seen {one['last_seen'] or 'never'}",
     ]
     reason = why(one)
@@ -61,13 +85,13 @@ def said(one: Device) -> tuple[Any, ...]:
 
 
 def doing(one: Device) -> str:
-    """Return whether it is there, its stage, how far that is and how long it takes."""
+    """Return whether it is there, its stage, how far that is and how long it still takes."""
     if not one["online"]:
         return "offline"
     if one["stage"] is None:
         return "online"
     share = "" if one["progress"] is None else f" {one['progress']:.0%}"
-    left = "" if one["eta_s"] is None else f", {seconds(one['eta_s'])} left"
+    left = "" if one["eta_s"] is None else f" {seconds(one['eta_s'])}"
     return f"{plain(one['stage'])}{share}{left}"
 
 
@@ -96,7 +120,7 @@ def model(one: Device) -> str:
     elsewhere = (
         "" if one["model_run"] == one["run"] or one["run"] is None else f" of {plain(one['model_run'])}"
     )
-    return f"round {one['model_round']}{elsewhere}"
+    return f"{one['model_round']}{elsewhere}"
 
 
 def why(one: Device) -> str:

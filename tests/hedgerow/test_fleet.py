@@ -67,12 +67,12 @@ async def test_a_line_for_every_device_with_kinds_and_reasons(tmp_path: Path) ->
         assert head.startswith("run greenhouse-1, round 6 of 10, collecting")
         assert head.endswith("3 of 4 devices online")
         jetson, greenhouse, kitchen, vps = lines
-        assert "train 62%, 12 s left" in jetson
-        for part in ("accuracy 84.0%", "units 162/256", "18.4 J measured", "61.5 °C", "model round 5"):
+        assert "train 62% 12 s" in jetson
+        for part in ("accuracy 84.0%", "units 162/256", "18.4 J measured", "61.5 °C", "model of round 5"):
             assert part in jetson
         assert "≈ 9.7 J modelled" in greenhouse
         assert "°C" not in greenhouse
-        assert "pi-kitchen  offline  accuracy –  units –  energy –  model –" in kitchen
+        assert "pi-kitchen  offline  accuracy –  units –  energy –  model of round –" in kitchen
         assert kitchen.endswith("(skipped: it is offline)")
         assert "quarantined: its change is 4,000 times\N{REPLACEMENT CHARACTER}[2J the others'" in vps
         assert "\x1b" not in said
@@ -131,7 +131,8 @@ def drawn(what: Any) -> str:
 
 def test_modelled_joules_look_otherwise_than_measured_ones() -> None:
     measured, modelled = (
-        drawn(table([a_status(energy_kind=kind)["agents"][0]], NOON)) for kind in ("measured", "modelled")
+        drawn(table([a_status(energy_kind=kind)["agents"][0]], NOON, 180))
+        for kind in ("measured", "modelled")
     )
     assert "\x1b[32m18.4 J measured" in measured
     assert "\x1b[3;33m≈ 18.4 J modelled" in modelled
@@ -144,8 +145,21 @@ def test_a_coordinator_of_before_knows_no_temperature_and_no_model() -> None:
     one = a_status()["agents"][0]
     for key in ("temperature_c", "model_run", "model_round"):
         del one[key]
-    assert "model –" in line(one)
-    assert "jetson-barn" in drawn(table([one], NOON))
+    assert "model of round –" in line(one)
+    assert "jetson-barn" in drawn(table([one], NOON, 100))
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_names_figures_and_reasons_have_room_on_any_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    reason = "its change is 4,000 times the median of the others', and goes another way"
+    console.print(table(a_status(quarantined=reason)["agents"], NOON, width))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said
+    assert all(name in said for name in AGENTS)
+    for part in ("train 62% 12 s", "84.0%", "162/256", "18.4 J measured", "≈ 9.7 J modelled", "quarantined"):
+        assert part in said
+    assert reason in " ".join(said.split())
 
 
 def test_ages_count_from_the_last_word_and_never_backwards() -> None:
