@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from coordinator.app import create_app
 from coordinator.engine import Engine
+from coordinator.exports import Exporter
 from coordinator.fleet.desk import Desk
 from coordinator.fleet.records import FleetRecords
 from coordinator.fleet.start import with_fleet
@@ -188,6 +189,7 @@ def _app(
         engine,
         models=engine.models,
         desk=Desk(s, records) if s.enrolment.enabled else None,
+        maker=Exporter(s.folder),
         settings=told,
         hosts=http.hosts or (("localhost", "127.0.0.1", "[::1]", http.host) if loopback else ()),
         tokens=ApiTokens(store) if http.auth == "on" or not loopback else None,

@@ -19,7 +19,7 @@ from coordinator.fleet.tokens import ApiTokens
 from coordinator.live import Live
 from coordinator.rollout.steward import Steward
 from coordinator.store.sql import Store
-from coordinator.web import api, described, fleet, metrics, rollout, stream
+from coordinator.web import api, described, exports, fleet, metrics, rollout, stream
 from coordinator.web.door import Door
 from coordinator.web.models import Control
 from coordinator.web.pages import site
@@ -42,6 +42,7 @@ def create_app(
     *,
     models: Steward | None = None,
     desk: Desk | None = None,
+    maker: exports.Exports | None = None,
     settings: Sequence[Row] = (),
     hosts: Sequence[str] = (),
     tokens: ApiTokens | None = None,
@@ -54,8 +55,8 @@ def create_app(
     """Return the application. It opens and closes nothing: store, live and engine belong to the caller.
 
     Without `tokens` nobody is asked who they are: bind it to loopback then. `records` takes down changes.
-    `models` answers for devices' models, and `desk` invites devices and shuts them out; without them there
-    are no addresses for that. `settings` are shown on the page of that name.
+    `models` answers for devices' models, `desk` invites devices and shuts them out, `maker` makes models as
+    files; without them there are no addresses for that. `settings` are shown on the page of that name.
     `hosts`, when given, are the only names that requests may call this machine by, which keeps a foreign page
     from reaching it through a name of its own. `per_second` bounds one address, `secure` says that it is TLS.
     """
@@ -76,6 +77,8 @@ def create_app(
         routers.append(rollout.routes(store, models))
     if desk is not None:
         routers.append(fleet.routes(desk))
+    if maker is not None:
+        routers.append(exports.routes(store, maker))
     for router in (
         *routers,
         stream.routes(live, status_every_s=status_every_s),

@@ -122,6 +122,11 @@ class AgentStatus(Frozen):
     """Privacy that its updates have spent, as it says itself, at `delta`; `None` where it adds no noise."""
     delta: float | None = None
     serving: str | None = None
+    model_run: str | None = None
+    model_round: int | None = None
+    """Which run and round made the personal model that answers there; `None` for none, and for not told."""
+    temperature_c: float | None = None
+    """Of its hottest thermal zone at the end of its last round, since this coordinator started."""
 
 
 class Status(Frozen):
@@ -220,6 +225,7 @@ class Live:
 
     def card(self, card: AgentCard, *, seen: datetime | None = None) -> None:
         """An agent has introduced itself; `seen` is now unless it is from the store."""
+        answers = None if card.models is None else card.models.linked("serving")
         self._change(
             card.agent,
             profile=card.profile,
@@ -228,6 +234,8 @@ class Live:
             energy_source=card.energy_source,
             energy_kind=_kind(card.energy_kind),
             serving=card.serving,
+            model_run=answers and answers.run,
+            model_round=answers and answers.round,
             problem=card.problem,
             unavailable=None if card.unavailable is None else str(card.unavailable),
             last_seen=seen or self._now(),
@@ -291,6 +299,10 @@ class Live:
     def privacy(self, agent: str, epsilon: float | None, delta: float | None) -> None:
         """An agent has told what its updates have spent of its privacy, or that it adds no noise."""
         self._change(agent, epsilon=epsilon, delta=delta)
+
+    def temperature(self, agent: str, celsius: float | None) -> None:
+        """How hot a device was when its round ended, as it told with its update, or that it did not tell."""
+        self._change(agent, temperature_c=celsius)
 
     def quarantined(self, agent: str, reason: str) -> None:
         """An update of an agent was not merged, but kept apart."""

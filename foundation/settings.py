@@ -51,7 +51,8 @@ def load(
         _put(values, key, value, origin)
         for inner in [k for k in origins if _within(k, key)]:
             del origins[inner]
-        origins[".".join(key)] = origin
+        if value != {} or not _names(_types_at(model, key)):  # the header of a table alone sets nothing
+            origins[".".join(key)] = origin
     try:
         settings = model.model_validate(values)
     except ValidationError as error:

@@ -653,6 +653,41 @@ def model_list(
     raise typer.Exit(show(folder, device=device, run=run, as_json=as_json))
 
 
+@model_verbs.command("get")
+def model_get(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE.onnx|DIR", help="The model alone, or the artifact below a folder."
+        ),
+    ],
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a device's model: what the coordinator would send it next, where it has the whole of it.
+
+    As `hedgerow export`, but from elsewhere: the coordinator makes and proves
+    it, it is checked here against its hashes, and then takes its place. A
+    folder can be served: `hedgerow serve DIR`. With strategies that leave a
+    part on the device it is refused (3), and the device has the only whole
+    copy. Takes an operator.
+
+    Examples:
+
+    hedgerow model get greenhouse kitchen -o kitchen.onnx
+
+    hedgerow model get greenhouse kitchen -o kitchen --coordinator https://laptop.lan:8080 --token-file token
+    """
+    from hedgerow.client import Client
+    from hedgerow.model_get import get
+
+    raise typer.Exit(get(Client(coordinator, token_file, cacert), run, device, output, as_json=as_json))
+
+
 @model_verbs.command("pin")
 def model_pin(
     folder: Artifacts = Path("vault"),
@@ -762,7 +797,8 @@ def _rollout() -> None:
     """See how far new models are let go, let the next ring go by hand, or stop and roll all back.
 
     Through the coordinator's API, where `rollout.enabled` is true; what is changed
-    is in `hedgerow coordinator audit` with the token's name.
+    is in `hedgerow coordinator audit` with the token's name. Ends with 0 done,
+    1 failed, 2 misuse, 3 refused: not allowed, or no rollout is under way.
     """
 
 
@@ -844,6 +880,79 @@ def _remote(
     api = Client(coordinator, token_file, cacert)
     code = order(api, verb, devices or [], model=model, reason=reason, wait_s=wait_s, as_json=as_json)
     raise typer.Exit(code)
+
+
+class Side(StrEnum):
+    """Whose settings."""
+
+    COORDINATOR = "coordinator"
+    AGENT = "agent"
+
+
+@app.command()
+def init(
+    side: Annotated[Side, typer.Argument(help="Whose settings.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="coordinator.toml or agent.toml here; - is stdout."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let it take the place of one that is there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a settings file to begin with: every setting, with its default, bounds and what it is for.
+
+    What has to be looked at stands there; the rest is in comments. It is made
+    from what the programs read, so it is whole for this version.
+
+    Examples:
+
+    hedgerow init coordinator
+
+    hedgerow init agent -o /etc/hedgerow/agent.toml
+    """
+    from hedgerow.init import run_command
+
+    raise typer.Exit(run_command(side.value, output, force=force, as_json=as_json))
+
+
+@app.command()
+def fleet(
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", "-w", help="Follow it, until Ctrl-C; in a pipe, a line for each change."),
+    ] = False,
+    coordinator: Address = ADDRESS,
+    token_file: TokenFile = None,
+    cacert: Cacert = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The picture as JSON; with --watch a line each, with what changed.")
+    ] = False,
+) -> None:
+    """Show every device: what it does, accuracy, FFL units kept, joules, temperature, model, why it does not.
+
+    Joules count from the start of the device's program and say how they are
+    known: measured, mixed or modelled (≈). °C is of its hottest zone when its
+    last round ended. The model is the one that answers there. In a pipe there
+    is a line for each device. A viewer's token will do.
+
+    Ends with 0 done, 1 failed, 2 misuse, 3 refused.
+
+    Examples:
+
+    hedgerow fleet
+
+    hedgerow fleet --watch --coordinator https://laptop.lan:8080 --token-file token
+
+    hedgerow fleet --json
+    """
+    from hedgerow.client import Client
+    from hedgerow.fleet import show
+
+    raise typer.Exit(show(Client(coordinator, token_file, cacert), watch=watch, as_json=as_json))
 
 
 run_verbs = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -58,6 +58,11 @@ class ApiProblem(HedgerowError):  # noqa: N818
         """Whether it was understood and not done: not allowed, or not now."""
         return self.status in (401, 403, 409, 429)
 
+    @property
+    def passes(self) -> bool:
+        """Whether asking again later may be answered."""
+        return self.status == 429 or self.status >= 500
+
 
 class NoAnswer(HedgerowError):  # noqa: N818
     """The coordinator cannot be reached, or what answers is not one."""
@@ -83,15 +88,22 @@ class Client:
     token: str | None = None
     """Instead of `token_file` or the variable HEDGEROW_TOKEN."""
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None, query: Query | None = None) -> Any:
-        """Return what a GET, or with `body` a POST, is answered.
+    def ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Query | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Any:
+        """Return what a GET, or with `body` a POST, is answered; `timeout_s` bounds each silence.
 
         Raises `SettingsError` for an address, token or authority that cannot be used, `ApiProblem` with the
         coordinator's words, `NoAnswer` where it does not answer.
         """
         try:
-            with self._open(path, body, query, TIMEOUT_S) as answer:
-                return json.loads(answer.read(_LARGEST_ANSWER))
+            with self._open(path, body, query, timeout_s) as answer:
+                return _read(answer.read(_LARGEST_ANSWER))
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._silent(error) from error
 
@@ -116,7 +128,8 @@ class Client:
     ) -> Iterator[Event]:
         """Yield events without end; a lost stream is taken up again after the last id.
 
-        Raises as `ask` for the first connection, and `ApiProblem` for any; `wait` takes seconds.
+        Raises as `ask` for the first connection. Later a coordinator that is away, busy or failing is asked
+        again, and only `ApiProblem` for what asking again does not change is raised; `wait` takes seconds.
         """
         last, connected = after, False
         while True:
@@ -126,6 +139,9 @@ class Client:
                     for event in read_events(_lines(answer)):
                         last = last if event.id is None else event.id
                         yield event
+            except ApiProblem as problem:
+                if not connected or not problem.passes:
+                    raise
             except (NoAnswer, OSError, ValueError, http.client.HTTPException) as error:
                 if not connected:
                     raise self._silent(error) from error
@@ -140,7 +156,7 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **self._headers()})
         try:
-            return urllib.request.urlopen(request, timeout=timeout_s, context=self._context())
+            return _opener(self._context()).open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 raise _problem(error) from error
@@ -171,6 +187,25 @@ class Client:
             raise SettingsError(f"the authority in {self.cacert} cannot be used: {error}") from error
 
 
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the token would go along, and a change would come out as a question."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        fp.close()
+        there = newurl.partition("/api/v1/")[0]
+        raise SettingsError(
+            f"{req.full_url.partition('/api/v1/')[0]} sends elsewhere, to {there[:200]!r}: nothing was sent"
+            " there. If you trust it, give --coordinator that address"
+        )
+
+
+def _opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    https = [] if context is None else [urllib.request.HTTPSHandler(context=context)]
+    return urllib.request.build_opener(_StayHere, *https)
+
+
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
     """Yield the messages that lines of a stream are; raises `ValueError` for one that is not ours."""
     name, id, data = "message", None, list[str]()
@@ -189,8 +224,15 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
             data.append(value)
 
 
+def _read(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    found = _read(text)
     if not isinstance(found, dict):
         raise ValueError("a message of the stream is no object")
     return found
@@ -206,7 +248,7 @@ def _lines(answer: Any) -> Iterator[str]:
 def _problem(error: urllib.error.HTTPError) -> ApiProblem:
     """Return what a problem says; its status where it says nothing."""
     try:
-        told = json.loads(error.read(65_536))
+        told = _read(error.read(65_536))
         return ApiProblem(error.code, str(told["detail"]), str(told.get("instance", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ApiProblem(error.code, f"the coordinator answered {error.code} {error.reason}")

@@ -21,9 +21,9 @@ from coordinator.store.sql import Store
 from foundation.errors import HedgerowError, SettingsError
 from foundation.words import unknown
 from hedgerow.client import Client
+from hedgerow.exits import DONE, FAILED, code_of
 from hedgerow.ledger import store_folder
 
-DONE, FAILED, WRONG = 0, 1, 2
 _LOOK_S = 0.3
 
 
@@ -39,7 +39,8 @@ def order(
 ) -> int:
     """Order, wait for the devices' answers, print them, and return the exit code.
 
-    `devices` empty means all. 1 where a device refused or could not be ordered anything.
+    `devices` empty means all. 1 where a device refused or could not be ordered anything, 3 where the
+    coordinator refused.
     """
     body: dict[str, Any] = {"devices": devices} if devices else {"all": True}
     body |= {"reason": reason} | ({} if model is None else {"model": model})
@@ -48,7 +49,7 @@ def order(
         orders = _answers(api, told["orders"], wait_s)
     except HedgerowError as error:
         sys.stderr.write(f"hedgerow model: {error}\n")
-        return WRONG if isinstance(error, SettingsError) else FAILED
+        return code_of(error)
     if as_json:
         print(json.dumps({"orders": orders, "problems": told["problems"]}))
     else:
@@ -96,7 +97,7 @@ def show(folder: Path, *, device: str | None, run: str | None, as_json: bool) ->
             found = pictures(store, device=device, run=run)
     except HedgerowError as error:
         sys.stderr.write(f"hedgerow model: {error}\n")
-        return WRONG if isinstance(error, SettingsError) else FAILED
+        return code_of(error)
     if as_json:
         print(json.dumps([view.model_dump(mode="json") for view in found], indent=1))
         return DONE

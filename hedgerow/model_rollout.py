@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from foundation.errors import HedgerowError, SettingsError
 from hedgerow.client import Client
-from hedgerow.model_remote import DONE, FAILED, WRONG
+from hedgerow.exits import done
 
 STATES = {
     "open": "under way",
@@ -38,21 +37,18 @@ def stop(api: Client, reason: str, *, as_json: bool) -> int:
 
 
 def _said(ask: Callable[[], list[dict[str, Any]]], *, as_json: bool) -> int:
-    try:
-        found = ask()
-    except HedgerowError as error:
-        sys.stderr.write(f"hedgerow model rollout: {error}\n")
-        return WRONG if isinstance(error, SettingsError) else FAILED
+    return done("hedgerow model rollout", lambda: _print(ask(), as_json))
+
+
+def _print(found: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
-        return DONE
-    if not found:
+    elif not found:
         sys.stderr.write("there was no rollout yet: rollout.enabled, and a round that exports, begin one\n")
-        return DONE
-    for rollout in found:
-        print(_line(rollout))
-    Console().print(_table(found[0]["members"]))
-    return DONE
+    else:
+        for rollout in found:
+            print(_line(rollout))
+        Console().print(_table(found[0]["members"]))
 
 
 def _line(rollout: dict[str, Any]) -> str:

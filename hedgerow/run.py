@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from foundation.errors import HedgerowError, SettingsError
-from hedgerow.client import ApiProblem, Client
+from foundation.errors import SettingsError
+from hedgerow.client import Client
+from hedgerow.exits import done
 
-DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
+COMMAND = "hedgerow run"
 UNKNOWN = "?"
 
 
 def start(client: Client, asked: Mapping[str, Any], *, as_json: bool) -> int:
     """Start a run with what of `asked` is given; print how it stands and return the exit code."""
     given = {key: value for key, value in asked.items() if value is not None}
-    return _done(lambda: _say(client.ask("runs", given), as_json))
+    return done(COMMAND, lambda: _say(client.ask("runs", given), as_json))
 
 
 def change(
@@ -33,7 +34,7 @@ def change(
     as_json: bool,
 ) -> int:
     """Change the run, or the one under way; print how it stands and return the exit code."""
-    return _done(lambda: _say(client.ask(f"runs/{_named(client, run)}/{verb}", body), as_json))
+    return done(COMMAND, lambda: _say(client.ask(f"runs/{_named(client, run)}/{verb}", body), as_json))
 
 
 def show_all(client: Client, *, as_json: bool) -> int:
@@ -52,7 +53,7 @@ def show_all(client: Client, *, as_json: bool) -> int:
                 table.add_row(*(str(value) for value in row))
             Console().print(table)
 
-    return _done(shown)
+    return done(COMMAND, shown)
 
 
 def show(client: Client, run: str | None, *, as_json: bool) -> int:
@@ -68,7 +69,7 @@ def show(client: Client, run: str | None, *, as_json: bool) -> int:
         print(f"{found['run']}: {found['strategy']}, {found['state']}{why}, {found['rounds']} rounds")
         Console().print(_rounds(rounds))
 
-    return _done(shown)
+    return done(COMMAND, shown)
 
 
 def _rounds(found: list[dict[str, Any]]) -> Table:
@@ -100,15 +101,3 @@ def _named(client: Client, run: str | None) -> str:
 
 def _say(answer: dict[str, Any], as_json: bool) -> None:
     print(json.dumps(answer) if as_json else f"run {answer['run']}: {answer['state']}")
-
-
-def _done(work: Callable[[], None]) -> int:
-    """Do it, and return the exit code; errors are said with what to do next."""
-    try:
-        work()
-    except HedgerowError as error:
-        sys.stderr.write(f"hedgerow run: {error}\n")
-        if isinstance(error, ApiProblem):
-            return REFUSED if error.is_refusal else WRONG if error.status == 422 else FAILED
-        return WRONG if isinstance(error, SettingsError) else FAILED
-    return DONE

@@ -15,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 
 from coordinator.app import create_app
+from coordinator.exports import Exporter
 from coordinator.live import Event, Live
 from coordinator.rollout.steward import Steward
 from coordinator.roster import Roster
@@ -68,6 +69,11 @@ SAID: dict[str, Any] = {
     f"POST {PREFIX}/runs/{{run}}/stop": {"run": "greenhouse-1", "state": "stopped"},
     f"POST {PREFIX}/runs/{{run}}/pause": {"run": "greenhouse-1", "state": "paused"},
     f"POST {PREFIX}/runs/{{run}}/resume": {"run": "greenhouse-1", "state": "running"},
+    f"POST {PREFIX}/runs/{{run}}/devices/{{agent}}/export": {
+        "run": "greenhouse-1",
+        "device": "jetson-barn",
+        "files": {"model.onnx": "CAo…", "manifest.json": "ewog…", "probe.npz": "UEsD…"},
+    },
     f"POST {PREFIX}/models/{{verb}}": {"orders": [ORDER], "problems": {"pi-kitchen": "it tells no models"}},
     f"GET {PREFIX}/orders": [ORDER],
     f"GET {PREFIX}/rollouts": [ROLLOUT],
@@ -95,7 +101,7 @@ def application(store: Store, live: Live, engine: Engine, clock: Clock) -> FastA
         raise AssertionError("nothing is ordered here")
 
     steward = Steward(RolloutSettings(), store=store, live=live, roster=Roster(), send=nobody)
-    return create_app(store, live, engine, models=steward, clock=clock)
+    return create_app(store, live, engine, models=steward, maker=Exporter(Path("unused")), clock=clock)
 
 
 async def examples(folder: Path) -> tuple[dict[str, Any], FastAPI]:

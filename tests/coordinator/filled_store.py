@@ -215,6 +215,7 @@ def enliven(live: Live, clock: Callable[[], float], rounds: int = 5, run: str = 
     for i in range(4):
         live.card(a_card(i))
         live.presence(AGENTS[i], online=i != 2)
+    live.temperature(AGENTS[0], 61.5)
     for round in range(1, rounds + 1):
         live.round_closed(run, round, 21.5)
     live.phase(run, rounds + 1, 10, "collecting", {"updates": 2, "expected": 4})

@@ -73,7 +73,7 @@ async def coordinator(folder: Path) -> AsyncIterator[Coordinator]:
 async def test_a_rollout_is_shown_goes_on_and_is_stopped_by_hand(tmp_path: Path) -> None:
     async with coordinator(tmp_path) as here:
         assert json.loads(await here.says("show", "--json", role="viewer")) == []
-        assert "no rollout is under way" in await here.says("go", code=1)
+        assert "no rollout is under way" in await here.says("go", code=3)
 
         assert here.store.begin_rollout("r", 2, [["d0"], ["d1"], ["d2"]])
         life = asyncio.create_task(here.steward.run())
@@ -86,14 +86,14 @@ async def test_a_rollout_is_shown_goes_on_and_is_stopped_by_hand(tmp_path: Path)
             ["d0", "1", "waiting"], ["d1", "2", "waiting"], ["d2", "3", "waiting"],
         ]  # fmt: skip
 
-        assert "takes an operator" in await here.says("go", role="viewer", code=1)
+        assert "takes an operator" in await here.says("go", role="viewer", code=3)
         (told,) = json.loads(await here.says("go", "--json"))
         assert (told["ring"], told["state"]) == (2, "open")
-        assert "takes an operator" in await here.says("stop", role="viewer", code=1)
+        assert "takes an operator" in await here.says("stop", role="viewer", code=3)
         (told,) = json.loads(await here.says("stop", "--reason", "it is being repainted", "--json"))
         assert (told["state"], told["reason"]) == ("stopped", "it is being repainted")
         assert "stopped, ring 2 of 3: it is being repainted" in await here.says("show", role="viewer")
-        assert "no rollout is under way" in await here.says("stop", code=1)
+        assert "no rollout is under way" in await here.says("stop", code=3)
 
         deeds = [(deed.who, deed.what) for deed in FleetRecords(here.store).deeds()]
         assert ("a-operator", "rollout ring") in deeds
