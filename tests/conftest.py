@@ -19,6 +19,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from coordinator.store.place import S3Settings  # noqa: E402
 from tests import postgres  # noqa: E402
 
+LONG = pytest.mark.skipif(
+    not os.environ.get("HEDGEROW_LONG"),
+    reason="much like another one: HEDGEROW_LONG=1 runs it",
+)
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than there are cores: tests with real processes wait more than they work."""

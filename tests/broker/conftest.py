@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import time
@@ -13,13 +12,9 @@ import pytest
 
 from foundation.mqtt import MqttSettings
 from hedgerow.broker import EmbeddedBroker, find_broker
-from tests.conftest import require_service
+from tests.conftest import LONG, require_service
 from tests.processes import AGENTS, Processes, write_data
 
-LONG = pytest.mark.skipif(
-    not os.environ.get("HEDGEROW_LONG"),
-    reason="much like another one: HEDGEROW_LONG=1 runs it",
-)
 ONE = pytest.mark.parametrize("broker", ["mosquitto", pytest.param("nats", marks=LONG)], indirect=True)
 """For what is about processes more than about brokers: NATS only in long runs."""
 

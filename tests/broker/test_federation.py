@@ -14,7 +14,8 @@ from edge_agent.settings import LimitSettings
 from foundation.mqtt import MqttSettings, MqttTransport
 from foundation.transport import MemoryBroker
 from hedgerow.broker import EmbeddedBroker, find_broker
-from tests.conftest import require_service
+from tests.broker.conftest import ONE
+from tests.conftest import LONG, require_service
 from tests.fleet import Dial, Fleet, fleet, memory, run_settings
 from tests.metered import Metered
 
@@ -40,10 +41,10 @@ async def last_state(folder: Path, dial: Dial, run: RunSettings) -> bytes:
     ("kind", "strategy"),
     [
         ("mosquitto", "pfl_tpp"),
-        ("nats", "pfl_tpp"),
-        ("mosquitto", "fedavg"),
-        ("mosquitto", "fedtp"),
-        ("nats", "local"),
+        pytest.param("nats", "pfl_tpp", marks=LONG),
+        pytest.param("mosquitto", "fedavg", marks=LONG),
+        ("nats", "fedtp"),
+        pytest.param("mosquitto", "local", marks=LONG),
     ],
 )
 async def test_a_run_over_a_real_broker_equals_one_in_memory(
@@ -58,7 +59,7 @@ async def test_a_run_over_a_real_broker_equals_one_in_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mosquitto", "nats"])
+@pytest.mark.parametrize("kind", ["mosquitto", pytest.param("nats", marks=LONG)])
 async def test_budgets_and_limits_hold_over_a_real_broker(tmp_path: Path, kind: str) -> None:
     """What a card says of limits, and what an eased assignment asks, survive the wire."""
     require_service(find_broker(kind) is not None, kind)  # type: ignore[arg-type]
@@ -84,6 +85,7 @@ async def test_budgets_and_limits_hold_over_a_real_broker(tmp_path: Path, kind: 
 
 
 @pytest.mark.slow
+@ONE
 async def test_a_broker_killed_in_mid_round_comes_back_and_so_does_the_run(
     tmp_path: Path, broker: EmbeddedBroker, settings: MqttSettings
 ) -> None:

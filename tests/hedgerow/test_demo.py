@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from hedgerow.broker import find_broker
-from tests.conftest import require_service
+from tests.conftest import LONG, require_service
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
@@ -121,7 +121,7 @@ def test_two_rounds_on_two_devices_end_with_a_report_and_nothing_else(tmp_path: 
     assert not [*folder.glob("hedgerow-*")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=LONG)])
 def test_a_demo_that_is_interrupted_in_training_ends_everything_and_tidies_up(
     tmp_path: Path, number: signal.Signals
 ) -> None:
