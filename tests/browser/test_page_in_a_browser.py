@@ -138,7 +138,7 @@ def test_a_run_is_stopped_by_the_keyboard_alone_and_asks_first(reader: Reader, w
     expect(dialog).to_be_hidden()
     assert watched.api(f"runs/{RUN}")["state"] == "running", "asked, and left"
     page.keyboard.press("Enter")
-    page.get_by_label("Why").focus()
+    dialog.get_by_label("Why").focus()
     page.keyboard.type("seen enough")
     page.keyboard.press("Enter")
     expect(dialog).to_be_hidden(timeout=WITHIN_MS)
@@ -182,7 +182,7 @@ def test_a_model_is_rolled_back_and_another_pinned_from_the_devices_page(reader:
     expect(page.locator("#device-made tbody tr")).to_have_count(2, timeout=WITHIN_MS)
     page.get_by_role("button", name="Roll back").click()
     dialog.get_by_role("button", name="Roll back").click()
-    expect(dialog.get_by_role("status")).to_have_text("no model serves on it: name one")
+    expect(dialog.get_by_role("status")).to_contain_text("no model serves on it: name one")
     for verb, button, number, answer in (
         ("rollback", "Roll back", 2, "serves again"),
         ("pin", "Pin it", 1, "pinned round 1"),
@@ -197,4 +197,5 @@ def test_a_model_is_rolled_back_and_another_pinned_from_the_devices_page(reader:
         newest = page.locator("#device-orders li").first
         expect(newest).to_contain_text(re.compile(f"{verb} .*, done: .*{answer}"), timeout=WITHIN_MS)
     expect(page.locator("#device-made")).to_contain_text("rolled back")
-    assert reader.complaints == []
+    (complaint,) = reader.complaints
+    assert "409" in complaint, "the browser's own word for the order that could not be"

@@ -81,11 +81,9 @@ async function send(form) {
     const headers = { "content-type": "application/json" };
     const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
     const told = await answer.json().catch(() => ({}));
-    const without = Object.values(told.problems || {}).join("; "); // devices for which nothing could be done
-    const problem = answer.ok ? without : told.detail || "the coordinator answered " + answer.status;
-    said.classList.toggle("problem", !!problem);
-    said.textContent = problem || form.dataset.done || "";
-    if (problem) return;
+    said.classList.toggle("problem", !answer.ok);
+    said.textContent = answer.ok ? form.dataset.done || "" : told.detail || "the coordinator answered " + answer.status;
+    if (!answer.ok) return;
     if (form.dataset.shows) form.querySelector("output").textContent = told[form.dataset.shows];
     else form.closest("dialog").close();
     parts().forEach(refresh);
