@@ -803,7 +803,7 @@ class Engine:
     def _tell_update(self, update: Update, wire_bytes: int) -> None:
         agent = update.agent
         self.live.privacy(agent, update.metrics.get("epsilon"), update.metrics.get("delta"))
-        self.live.temperature(agent, update.state.end_c if update.state is not None else None)
+        self.live.temperature(agent, None if update.state is None else update.state.end_c)
         if update.problem:
             self.live.emit(
                 "problem", f"{agent}: {update.problem}", run=update.run, round=update.round, agent=agent

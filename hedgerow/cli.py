@@ -936,8 +936,9 @@ def fleet(
 
     Joules count from the start of the device's program and say how they are
     known: measured, mixed or modelled (≈). °C is of its hottest zone when its
-    last round ended. The model is the one that answers there. In a pipe there
-    is a line for each device. A viewer's token will do.
+    last round ended. The model is the one that answers there. What stands after
+    a stage is how far it is, and the time left. In a pipe there is a line for
+    each device. A viewer's token will do.
 
     Ends with 0 done, 1 failed, 2 misuse, 3 refused.
 

@@ -13,10 +13,12 @@ import pytest
 from coordinator.settings import Budget, BudgetSettings
 from coordinator.store.records import RunRecord
 from coordinator.web.models import StartRun
+from edge_agent.conditions import Conditions
 from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.settings import LimitSettings
 from foundation.transport import MemoryBroker
+from tests.devices import written
 from tests.fleet import Fleet, fleet, memory, run_settings
 from tests.metered import STEP_J, Metered
 
@@ -57,7 +59,10 @@ def steps(whole: Fleet, number: int) -> dict[str, float]:
 async def test_a_budget_of_joules_eases_from_the_second_round_on(tmp_path: Path) -> None:
     budgets = BudgetSettings(devices={"d1": Budget(joules=0.6 * FULL_J)})
     more = {"budgets": budgets, "metered": all_metered()}
+    warm = written(tmp_path / "root", {"sys/class/thermal/thermal_zone0/temp": "61500\n"})
     async with fleet(tmp_path, memory(MemoryBroker()), run(), **more) as whole:
+        await until(lambda: "d1" in whole.agents)
+        whole.agents["d1"]._conditions = Conditions(warm)
         assert await whole.finished() == "finished"
         assert steps(whole, 1) == {"d0": 8, "d1": 8, "d2": 8}, "nothing is known yet"
         assert steps(whole, 2) == {"d0": 8, "d1": 4, "d2": 8}
@@ -72,6 +77,8 @@ async def test_a_budget_of_joules_eases_from_the_second_round_on(tmp_path: Path)
         assert whole.store.round_record("r", 2).eased["d1"]["reason"] == why
         status = whole.engine.live.agent("d1")
         assert (status.eased, status.skipped) == (why, None)
+        assert status.temperature_c == 61.5
+        assert whole.engine.live.agent("d0").temperature_c is None, "it does not tell"
 
 
 async def test_what_not_even_one_epoch_fits_is_skipped_with_the_reason(tmp_path: Path) -> None:
