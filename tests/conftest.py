@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,8 +17,10 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from coordinator.store.place import S3Settings  # noqa: E402
 from tests import postgres  # noqa: E402
+
+if TYPE_CHECKING:  # there are tests where nothing of the coordinator's is installed
+    from coordinator.store.place import S3Settings
 
 LONG = pytest.mark.skipif(
     not os.environ.get("HEDGEROW_LONG"),
@@ -95,6 +98,8 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Settings:
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests-own-secret")
+    from coordinator.store.place import S3Settings
+
     settings = S3Settings(
         bucket=f"b-{uuid.uuid4().hex}", endpoint=s3_server, prefix="fleet/one", region="us-east-1"
     )

@@ -175,7 +175,7 @@ def test_classification_names_the_largest(wire: Wire) -> None:
     assert [text.split(":")[2] for text in probabilities["data"]] == ["abcde"[i] for i in LOGITS.argmax(-1)]
 
 
-BOMB = gzip.compress(bytes(64 << 20), 9)
+BOMB = gzip.compress(bytes(64 << 20), 9, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ BOMB = gzip.compress(bytes(64 << 20), 9)
         ("POST", INFER, head() + X.tobytes()[:-4], {"Inference_Header_Content_Length": len(head())}, 400),
         ("POST", INFER, head(), {"Inference_Header_Content_Length": len(head()) - 3}, 400),
         ("POST", INFER, b"not packed", {"Content_Encoding": "gzip"}, 400),
-        ("POST", INFER, gzip.compress(b"{}")[:-3], {"Content_Encoding": "gzip"}, 400),
-        ("POST", INFER, gzip.compress(b"{}") + b"x", {"Content_Encoding": "gzip"}, 400),
+        ("POST", INFER, gzip.compress(b"{}", mtime=0)[:-3], {"Content_Encoding": "gzip"}, 400),
+        ("POST", INFER, gzip.compress(b"{}", mtime=0) + b"x", {"Content_Encoding": "gzip"}, 400),
         ("POST", INFER, zlib.compress(b"{}"), {"Content_Encoding": "gzip"}, 400),
         ("POST", INFER, BOMB, {"Content_Encoding": "gzip"}, 413),
         ("POST", INFER, b"x", {"Content_Encoding": "zstd"}, 415),
