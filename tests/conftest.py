@@ -28,6 +28,7 @@ LONG = pytest.mark.skipif(
 )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than there are cores: tests with real processes wait more than they work."""
     return len(os.sched_getaffinity(0)) + 1
