@@ -22,8 +22,7 @@ from tests.conftest import require_service
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(900)]
 
-SAMPLE = [
-    Case(("agent",), "train"),
+SAMPLE = [  # an agent killed in training is in test_kills.py
     Case(("coordinator",), "absorb"),
     Case(("serving", "broker"), "swap"),
 ]

@@ -188,6 +188,7 @@ async def test_a_device_reads_and_writes_its_own_branch_only(place: Place) -> No
             assert (await anext(everything)).body == b"I am d0"
 
 
+@LONG
 @ONE_PLACE
 def test_tokens_that_are_used_changed_or_for_another_broker_are_refused(place: Place) -> None:
     place.start_coordinator("autostart=false")

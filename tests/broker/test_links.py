@@ -102,6 +102,7 @@ def same_updates(linked: Linked, name: str, rounds: int) -> None:
     assert [linked.updates(name, n + 1) for n in range(rounds)] == [3] * rounds
 
 
+@LONG
 def test_a_link_that_is_slow_narrow_and_loses_packets_ends_in_the_same_bits(
     linked: Linked, tmp_path: Path
 ) -> None:

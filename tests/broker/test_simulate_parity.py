@@ -18,7 +18,7 @@ from hedgerow.children import spawn
 from hedgerow.simulate import Simulation, simulate, simulation_of
 from hedgerow.simulate_report import SimulationReport
 from hedgerow.virtual import RUN, Where
-from tests.conftest import require_service
+from tests.conftest import LONG, require_service
 from tests.processes import Processes, sets
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -111,6 +111,7 @@ def test_a_simulation_equals_real_processes_over_mqtt(tmp_path: Path, broker: Em
         real.close()
 
 
+@LONG
 def test_a_board_in_place_of_a_virtual_device_changes_nothing(tmp_path: Path, broker: EmbeddedBroker) -> None:
     """A real `python -m edge_agent`, under the name and with the share of the third device, joins two."""
     expected, state, _ = simulated(small("pfl_tpp"), tmp_path / "all-virtual")

@@ -26,6 +26,7 @@ from foundation.process import bound_to_parent
 from foundation.timing import Timing
 from tests.broker.conftest import ONE
 from tests.broker.test_federation import mqtt
+from tests.conftest import LONG
 from tests.fleet import Fleet, fleet, run_settings
 from tests.processes import AGENTS, Processes, until
 from tests.scripted_plug import ramp_joules
@@ -85,6 +86,7 @@ def timings(store: Store, agent: str) -> list[Timing]:
     return [Timing.model_validate(update.summary["timing"]) for update in found]
 
 
+@LONG
 @ONE
 def test_processes_join_their_last_round_before_they_end(
     tmp_path: Path, settings: MqttSettings, plugs: tuple[float, Callable[[str], None]]

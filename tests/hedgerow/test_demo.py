@@ -158,6 +158,7 @@ def test_what_a_person_misspelt_is_said_before_anything_starts(tmp_path: Path) -
     assert not [*(tmp_path / "tmp").glob("hedgerow-*")]
 
 
+@LONG
 def test_a_file_of_ones_own_is_dealt_by_its_groups_and_what_is_thin_is_said_first(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 120)

@@ -18,6 +18,7 @@ from edge_agent.energy.meter import Meter
 from edge_agent.limits import Limits
 from edge_agent.settings import LimitSettings
 from foundation.transport import MemoryBroker
+from tests.conftest import LONG
 from tests.devices import written
 from tests.fleet import Fleet, fleet, memory, run_settings
 from tests.metered import STEP_J, Metered
@@ -179,7 +180,7 @@ async def test_the_open_round_keeps_its_decisions_after_a_kill(tmp_path: Path) -
     assert await _eased(tmp_path / "a", kill=False) == await _eased(tmp_path / "b", kill=True)
 
 
-@pytest.mark.parametrize("when", [2, 3])
+@pytest.mark.parametrize("when", [2, pytest.param(3, marks=LONG)])
 async def test_after_a_kill_an_eased_run_ends_in_the_same_bits(tmp_path: Path, when: int) -> None:
     budgets = BudgetSettings(joules=0.6 * FULL_J)
     ends = []
