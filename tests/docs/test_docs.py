@@ -73,7 +73,7 @@ LONGEST = {
     "swap": 110,
     "fleet": 180,
     "rollout": 120,
-    "brokers": 90,
+    "brokers": 100,
     "links": 60,
     "scale": 120,
     "monitoring": 130,
