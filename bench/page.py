@@ -42,7 +42,8 @@ from foundation.energy import Stage  # noqa: E402
 from foundation.messages import AgentCard, Presence, Telemetry  # noqa: E402
 from foundation.topics import Topics  # noqa: E402
 from hedgerow.broker import EmbeddedBroker  # noqa: E402
-from tests.browser.conftest import chromium, free_port  # noqa: E402
+from tests.broker.conftest import free_port  # noqa: E402
+from tests.browser.conftest import chromium  # noqa: E402
 from tests.fleet import run_settings  # noqa: E402
 from tests.processes import Processes, until, write_data  # noqa: E402
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_pla
 
 from coordinator.settings import RunSettings
 from hedgerow.broker import EmbeddedBroker, find_broker
+from tests.broker.conftest import free_port
 from tests.conftest import require_service
 from tests.fleet import run_settings
 from tests.processes import AGENTS, Processes, until, write_data
@@ -95,13 +95,6 @@ class Watched:
             return httpx.get(f"{self.address}/healthz", timeout=1).is_success
         except httpx.TransportError:
             return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")
